@@ -1,0 +1,96 @@
+"""FactoredLinear: the one module that layershare adds to a model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+
+FACTORS = ("base", "up", "down")
+GATE = "gate"
+
+
+class FactoredLinear(nn.Linear):
+    """A linear map ``x @ (base + up @ down).T + bias`` whose factors may be shared with other positions.
+
+    With a base it is a tied weight plus a private correction; without, a shared basis (one factor tied, the other
+    private) or a plain low-rank factorisation (both private).
+
+    Shapes: ``base`` (out, in) or None, ``up`` (out, rank), ``down`` (rank, in), ``bias`` (out) or None.
+    ``weight`` is computed on each access, for code that reads it; it is no parameter, and cannot be assigned.
+    ``transposed`` tells that the module stands for a ``Conv1D``, whose ``weight`` is (in, out).
+    """
+
+    # transformers must not initialise it: the factors come from ``share`` or from a checkpoint, never from chance.
+    _is_hf_initialized = True
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, base: bool, bias: bool, transposed: bool = False,
+        device: Any = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.rank, self.transposed = in_features, out_features, rank, transposed
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.register_parameter("base", parameter(out_features, in_features) if base else None)
+        self.down = parameter(rank, in_features)
+        self.up = parameter(out_features, rank)
+        self.register_parameter("bias", parameter(out_features) if bias else None)
+
+    @classmethod
+    def standing_for(cls, module: nn.Module, rank: int, *, base: bool) -> "FactoredLinear":
+        """A factored module, its factors not yet set, in place of a Linear or Conv1D. It takes over the bias itself."""
+        weight, transposed = module.weight, isinstance(module, Conv1D)
+        out_features, in_features = reversed(weight.shape) if transposed else weight.shape  # type: ignore[misc]
+        factored = cls(
+            in_features, out_features, rank, base=base, bias=False, transposed=transposed,
+            device=weight.device, dtype=weight.dtype,  # type: ignore[arg-type]
+        )  # fmt: skip
+        factored.bias = module.bias  # type: ignore[assignment]
+        return factored.train(module.training)
+
+    def reset_parameters(self) -> None:
+        """Nothing, for the same reason."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        if any(factor.is_meta for factor in self.parameters(recurse=False)):  # while loading, before ties are made
+            shape = (self.out_features, self.in_features)
+            return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.up.dtype, device="meta")
+        dense = self.up @ self.down
+        if self.base is not None:
+            dense = dense + self.base
+        return dense.T if self.transposed else dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(F.linear(x, self.down), self.up, self.bias)
+        return low if self.base is None else low + F.linear(x, self.base)
+
+    def dense(self) -> nn.Module:
+        """The equivalent ``nn.Linear`` or ``Conv1D`` with a weight of its own."""
+        weight = self.weight.detach().clone()
+        if self.transposed:
+            module: nn.Module = Conv1D(self.out_features, self.in_features).to(weight)
+        else:
+            module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None).to(weight)
+        module.weight = nn.Parameter(weight.contiguous(), requires_grad=self.up.requires_grad)
+        module.bias = self.bias
+        return module.train(self.training)
+
+    def extra_repr(self) -> str:
+        base = "base + " if self.base is not None else ""
+        return f"{self.in_features}, {self.out_features}, {base}rank={self.rank}, bias={self.bias is not None}"
+
+
+def kind_of(module: nn.Module) -> str:
+    """``linear`` or ``conv1d`` for a plain linear map that can be factored, ``other`` for everything else."""
+    if type(module) is Conv1D:
+        return "conv1d"
+    if isinstance(module, FactoredLinear):
+        return "conv1d" if module.transposed else "linear"
+    # Only the exact class: a subclass may read its weight in a way of its own.
+    return "linear" if type(module) is nn.Linear else "other"

@@ -1,0 +1,222 @@
+"""SharingPlan: which positions of which stack share which parts, and how. Knows no torch.
+
+A plan is written before any weight moves. It can be printed, compared, saved as TOML or JSON, edited by hand and
+searched. ``layershare.share`` applies it.
+"""
+
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from layershare.config import Config
+from layershare.errors import PlanError
+
+FORMAT_VERSION = 1
+Method = Literal["tie", "basis"]
+Merge = Literal["first", "last", "pick", "mean", "regmean"]
+
+
+def _ascending(positions: tuple[int, ...]) -> tuple[int, ...]:
+    if any(position < 0 for position in positions):
+        raise ValueError(f"positions count from 0, given: {list(positions)}")
+    if doubled := [position for position, times in Counter(positions).items() if times > 1]:
+        raise ValueError(f"position {doubled[0]} is named twice in {list(positions)}")
+    return tuple(sorted(positions))
+
+
+Positions = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+
+
+class Group(Config):
+    """Positions that share the same parts.
+
+    ``method="tie"``: one stored tensor serves all positions, made from theirs by ``merge``; with ``rank`` > 0 each
+    position keeps a private low-rank correction of that rank. ``method="basis"``: each matrix is a product of two
+    factors of inner size ``rank``; the factor on ``side`` is stored once for the group, the other one per position
+    (a group of one position is then a plain low-rank factorisation).
+    """
+
+    positions: Positions
+    parts: tuple[str, ...] = ("attention", "ffn")
+    """Part names (``attention``, ``ffn``, ``other``, ``norm``) or globs over parameter names inside the layer."""
+    method: Method = "tie"
+    merge: Merge = "mean"
+    source: int | None = None
+    """With ``merge="pick"``: the position whose weights serve all."""
+    rank: int = Field(0, ge=0)
+    side: Literal["input", "output"] = "input"
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if not self.positions:
+            raise ValueError("a group needs at least one position")
+        if not self.parts:
+            raise ValueError(f"the group of positions {list(self.positions)} names no parts")
+        if (self.merge == "pick") != (self.source is not None):
+            raise ValueError("merge = 'pick' and source = (a position) go together")
+        if self.source is not None and self.source not in self.positions:
+            raise ValueError(f"source {self.source} is not among the positions {list(self.positions)}")
+        if self.method == "basis" and self.rank == 0:
+            raise ValueError(f"the basis over positions {list(self.positions)} needs a rank of at least 1")
+        return self
+
+
+class Gate(Config):
+    """A private scalar g at a position: its output becomes ``h + g * (layer(h) - h)``; g = 0 skips it exactly."""
+
+    position: int = Field(ge=0)
+    value: float = 1.0
+
+
+class StackPlan(Config):
+    """What happens to one stack. ``length`` and all positions count the layers of the original model."""
+
+    name: str
+    length: int = Field(ge=1)
+    groups: tuple[Group, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    drop: Positions = ()
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The positions that are not dropped, in order."""
+        return tuple(position for position in range(self.length) if position not in self.drop)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        gated = [gate.position for gate in self.gates]
+        used = [*self.drop, *gated, *(position for group in self.groups for position in group.positions)]
+        if beyond := [position for position in used if position >= self.length]:
+            raise ValueError(f"stack {self.name!r} has positions 0 to {self.length - 1}, given: {beyond[0]}")
+        if both := [position for position in self.drop if position in used[len(self.drop) :]]:
+            raise ValueError(f"position {both[0]} of stack {self.name!r} is dropped and used at once")
+        if len(self.drop) == self.length:
+            raise ValueError(f"all positions of stack {self.name!r} are dropped")
+        if len(set(gated)) < len(gated):
+            raise ValueError(f"a position of stack {self.name!r} has two gates: {sorted(gated)}")
+        taken: dict[tuple[int, str], Group] = {}
+        for group in self.groups:
+            for claim in ((position, part) for position in group.positions for part in group.parts):
+                if taken.setdefault(claim, group) is not group:
+                    raise ValueError(f"position {claim[0]} of stack {self.name!r} has {claim[1]!r} in two groups")
+        return self
+
+
+class SharingPlan(Config):
+    """The whole plan. Equal plans compare equal; ``print(plan)`` draws it."""
+
+    version: int = FORMAT_VERSION
+    stacks: tuple[StackPlan, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.version > FORMAT_VERSION:
+            raise ValueError(
+                f"the plan has format version {self.version}, this layershare reads up to {FORMAT_VERSION}: upgrade it",
+            )
+        names = [stack.name for stack in self.stacks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a stack is planned twice: {names}")
+        return self
+
+    def to_dict(self) -> dict:
+        """Plain data, defaults left out so that the text stays readable."""
+        return {"version": self.version, **self.model_dump(mode="json", exclude_defaults=True, exclude={"version"})}
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str = "plan") -> Self:
+        """Raises PlanError naming the key and the nearest valid one."""
+        return cls.parse(values, where=where, error=PlanError)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Self:
+        try:
+            return cls.from_dict(json.loads(text), where)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{where}: not JSON: {error}.") from None
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, text: str, where: str = "plan") -> Self:
+        try:
+            return cls.from_dict(tomllib.loads(text), where)
+        except tomllib.TOMLDecodeError as error:
+            raise PlanError(f"{where}: not TOML: {error}.") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a ``.toml`` or ``.json`` plan. Raises PlanError naming the file."""
+        path = Path(path)
+        if path.suffix not in (".toml", ".json"):
+            raise PlanError(f"{path}: a plan is a .toml or .json file.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+        return cls.from_toml(text, str(path)) if path.suffix == ".toml" else cls.from_json(text, str(path))
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        path.write_text(self.to_json() if path.suffix == ".json" else self.to_toml(), encoding="utf-8")
+
+    def __str__(self) -> str:
+        return self.picture()
+
+    def picture(self) -> str:
+        """A text picture: a column a position, a row a part; equal letters share, ``.`` is private, ``x`` dropped.
+
+        A small letter is a shared basis, ``+r`` a private correction of rank r.
+        """
+        if not any(stack.groups or stack.drop or stack.gates for stack in self.stacks):
+            return "nothing is shared"
+        return "\n\n".join(_draw(stack) for stack in self.stacks)
+
+
+def _draw(stack: StackPlan) -> str:
+    rows: dict[str, list[str]] = {}
+    legend: dict[str, str] = {}
+    width = max(len(str(stack.length - 1)), 1)
+    for number, group in enumerate(stack.groups):
+        letter = _letter(number, group.method)
+        for part in group.parts:
+            row = rows.setdefault(part, ["x" if p in stack.drop else "." for p in range(stack.length)])
+            for position in group.positions:
+                row[position] = letter
+        legend[letter] = describe(group)
+    rows = rows or {"layer": ["x" if p in stack.drop else "." for p in range(stack.length)]}
+    if stack.gates:
+        values = {gate.position: f"{gate.value:g}" for gate in stack.gates}
+        rows["gate"] = [values.get(position, "") for position in range(stack.length)]
+        width = max(width, *(len(value) for value in values.values()))
+    margin = max(map(len, (stack.name, *rows)))
+    lines = [f"{stack.name:<{margin}}  " + " ".join(f"{p:>{width}}" for p in range(stack.length))]
+    lines += [f"{part:<{margin}}  " + " ".join(f"{cell:>{width}}" for cell in row) for part, row in rows.items()]
+    return "\n".join(lines + [f"{'':<{margin}}  {letter}: {text}" for letter, text in legend.items()])
+
+
+def _letter(number: int, method: str) -> str:
+    letter = ascii_uppercase[number % 26] + (str(number // 26) if number >= 26 else "")
+    return letter.lower() if method == "basis" else letter
+
+
+def describe(group: Group) -> str:
+    """The group in words: ``tie (mean) + private rank 8`` or ``basis of rank 96, input side``."""
+    if group.method == "basis":
+        shared = "shared basis" if len(group.positions) > 1 else "low-rank factors"
+        return f"{shared} of rank {group.rank}" + (f", {group.side} side" if len(group.positions) > 1 else "")
+    if len(group.positions) == 1:
+        return "private"
+    merge = f"from {group.source}" if group.merge == "pick" else group.merge
+    return f"tied ({merge})" + (f" + private rank {group.rank}" if group.rank else "")

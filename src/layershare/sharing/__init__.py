@@ -1,0 +1,23 @@
+"""Sharing: from a plan to a model in which equal parameters are one object."""
+
+from layershare.sharing.carry import plan_of
+from layershare.sharing.convert import share, unshare
+from layershare.sharing.layout import Layout, Prediction, predict, resolve
+from layershare.sharing.make import make_plan
+from layershare.sharing.tie import Account, Counts, count, retie, verify
+
+__all__ = [
+    "Account",
+    "Counts",
+    "Layout",
+    "Prediction",
+    "count",
+    "make_plan",
+    "plan_of",
+    "predict",
+    "resolve",
+    "retie",
+    "share",
+    "unshare",
+    "verify",
+]

@@ -1,0 +1,216 @@
+"""Layout: a plan resolved on the stacks of one model. Names, shapes and counts, no tensors."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from layershare.errors import PlanError, nearest
+from layershare.plan import Gate, Group, SharingPlan, StackPlan
+from layershare.stacks import PARTS, Stack, Weight
+
+
+@dataclass(frozen=True)
+class Job:
+    """One parameter of a group: the same name inside the layer, over several positions."""
+
+    stack: str
+    group: Group
+    weight: Weight
+    layers: tuple[int, ...]
+    """Indices into the stack as it is now, after any drop."""
+    source: int = 0
+    """With merge ``pick``: which of ``layers`` gives its weights."""
+
+    @property
+    def factored(self) -> bool:
+        return self.group.rank > 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full names of the original parameters, one a layer; the first one owns."""
+        return tuple(f"{self.stack}.{layer}.{self.weight.name}" for layer in self.layers)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full names of the modules that hold them."""
+        return tuple(name.rpartition(".")[0] for name in self.names)
+
+    @property
+    def tied_leaf(self) -> str:
+        """The parameter that the modules share: the weight itself, or one factor of it."""
+        if not self.factored:
+            return self.weight.name.rpartition(".")[2]
+        return "base" if self.group.method == "tie" else "down" if self.group.side == "input" else "up"
+
+    @property
+    def tie(self) -> tuple[str, ...]:
+        """Full names of the parameters that are one object after sharing; the first one owns."""
+        return tuple(f"{module}.{self.tied_leaf}" for module in self.modules)
+
+    @property
+    def stored(self) -> int:
+        """Parameters stored for all the layers of the job."""
+        if not self.factored:
+            return self.weight.size
+        rows, columns = self.weight.shape
+        out_features, in_features = (columns, rows) if self.weight.kind == "conv1d" else (rows, columns)
+        up, down = out_features * self.group.rank, self.group.rank * in_features
+        if self.group.method == "tie":
+            return self.weight.size + len(self.layers) * (up + down)
+        shared, private = (down, up) if self.group.side == "input" else (up, down)
+        return shared + len(self.layers) * private
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that sharing does to one model, in its own names."""
+
+    jobs: tuple[Job, ...]
+    gates: tuple[tuple[str, Gate], ...]
+    """Full name of the layer module, and its gate."""
+    notes: tuple[str, ...] = ()
+    """What was left private although the plan names its part, and why."""
+
+    @property
+    def ties(self) -> Iterator[tuple[str, ...]]:
+        return (job.tie for job in self.jobs if len(job.layers) > 1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Counts before any weight moves. ``layer_*`` are inside the stacks; bytes are of the layers' unique parameters."""
+
+    layer_effective: int
+    layer_unique: int
+    layer_bytes: int
+    layer_bytes_before: int
+
+    @property
+    def ratio(self) -> float:
+        """Stored layer parameters as a fraction of the original model's."""
+        return self.layer_unique / self.layer_effective
+
+
+def predict(stacks: Sequence[Stack], plan: SharingPlan) -> Prediction:
+    """What ``plan`` will store of the given (original, undropped) ``stacks``. ``layer_effective`` counts the original."""
+    effective = sum(stack.size for stack in stacks)
+    before = sum(w.size * w.itemsize for stack in stacks for layer in stack.layers for w in layer)
+    saved, saved_bytes = 0, 0
+    plans = {find(stacks, one.name).name: one for one in plan.stacks}
+    for stack in stacks:
+        if stack.name not in plans:
+            continue
+        one = plans[stack.name]
+        gone = [weight for position in one.drop for weight in stack.layers[position]] if one.drop else []
+        saved += sum(weight.size for weight in gone)
+        saved_bytes += sum(weight.size * weight.itemsize for weight in gone)
+        layout = resolve([drop(stack, one.drop)], SharingPlan(stacks=(one,)))
+        for job in layout.jobs:
+            less = job.weight.size * len(job.layers) - job.stored
+            saved, saved_bytes = saved + less, saved_bytes + less * job.weight.itemsize
+        saved -= len(layout.gates)
+        saved_bytes -= len(layout.gates) * stack.layers[0][0].itemsize
+    return Prediction(effective, effective - saved, before - saved_bytes, before)
+
+
+def drop(stack: Stack, positions: Sequence[int]) -> Stack:
+    """The stack without some positions."""
+    kept = [i for i in range(stack.length) if i not in positions]
+    return Stack(stack.name, tuple(stack.classes[i] for i in kept), tuple(stack.layers[i] for i in kept), stack.tied)
+
+
+def find(stacks: Sequence[Stack], name: str) -> Stack:
+    """The stack called ``name``. A base model and the same model under a head differ by a prefix, which may be missing.
+
+    Raises PlanError naming the nearest stack.
+    """
+    exact = [stack for stack in stacks if stack.name == name]
+    akin = [s for s in stacks if s.name.endswith(f".{name}") or name.endswith(f".{s.name}")]
+    if len(found := exact or akin) != 1:
+        raise PlanError(f"the model has no stack {name!r}.", nearest(name, [stack.name for stack in stacks]))
+    return found[0]
+
+
+def resolve(stacks: Sequence[Stack], plan: SharingPlan) -> Layout:
+    """Bring ``plan`` and the ``stacks`` of a model, its dropped positions already gone, together.
+
+    Raises :class:`~layershare.errors.PlanError` when a stack is missing, has another length, a part matches nothing,
+    a parameter would be in two groups, or a rank is not below the size of its matrix.
+    """
+    jobs: list[Job] = []
+    gates: list[tuple[str, Gate]] = []
+    notes: list[str] = []
+    for one in plan.stacks:
+        stack = find(stacks, one.name)
+        if stack.length != len(one.kept):
+            after = " after dropping" if one.drop else ""
+            raise PlanError(
+                f"stack {one.name!r} has {stack.length} layers, the plan is for {len(one.kept)}{after}.",
+                "Was it made for another model?",
+            )
+        index = {position: i for i, position in enumerate(one.kept)}
+        taken: dict[str, Group] = {}
+        for group in one.groups:
+            found = list(_jobs(stack, one, group, index, notes))
+            jobs += found
+            for name in (name for job in found for name in job.names):
+                if name in taken:
+                    raise PlanError(f"{name} is in two groups: {_words(taken[name])} and {_words(group)}.")
+                taken[name] = group
+        gates += [(f"{stack.name}.{index[gate.position]}", gate) for gate in one.gates]
+    return Layout(tuple(jobs), tuple(gates), tuple(dict.fromkeys(notes)))
+
+
+def _jobs(stack: Stack, plan: StackPlan, group: Group, index: dict[int, int], notes: list[str]) -> Iterator[Job]:
+    likes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    weights: dict[tuple[str, tuple[int, ...]], Weight] = {}
+    for layer in (index[position] for position in group.positions):
+        for weight in stack.layers[layer]:
+            if any(matches(weight, part) for part in group.parts):
+                likes.setdefault((weight.name, weight.shape), []).append(layer)
+                weights[weight.name, weight.shape] = weight
+    for part in group.parts:
+        if not any(matches(weight, part) for weight in weights.values()):
+            names = {w.name for layer in stack.layers for w in layer}
+            present = [p for p in PARTS if any(w.part == p for layer in stack.layers for w in layer)]
+            raise PlanError(
+                f"part {part!r} matches no parameter at positions {list(group.positions)} of {plan.name!r}.",
+                nearest(part, [*present, *names]) if "*" not in part else f"Parts: {', '.join(present)}.",
+            )
+    for key, layers in likes.items():
+        weight = weights[key]
+        source = _source(group, index, layers, weight, notes)
+        if len(layers) < len(group.positions) and len(group.positions) > 1:
+            where = [plan.kept[layer] for layer in layers]
+            notes.append(f"{weight.name} {list(weight.shape)} stands at positions {where} only: shared among these")
+        if group.rank and (weight.kind == "other" or len(weight.shape) != 2):
+            if group.method == "basis":
+                notes.append(f"{weight.name} is no plain linear map: it has no basis, it stays private")
+                continue
+            notes.append(f"{weight.name} is no plain linear map: tied without a private correction")
+            group_without = group.model_copy(update={"rank": 0})
+            if len(layers) > 1:
+                yield Job(stack.name, group_without, weight, tuple(layers), source)
+        elif group.rank and group.rank >= min(weight.shape):
+            raise PlanError(
+                f"rank {group.rank} is not below the smaller side of {weight.name} {list(weight.shape)}.",
+                f"Take at most {min(weight.shape) - 1}, or leave the parameter out of the group.",
+            )
+        elif len(layers) > 1 or group.method == "basis":
+            yield Job(stack.name, group, weight, tuple(layers), source)
+
+
+def _source(group: Group, index: dict[int, int], layers: list[int], weight: Weight, notes: list[str]) -> int:
+    if group.source is None or index[group.source] in layers:
+        return 0 if group.source is None else layers.index(index[group.source])
+    notes.append(f"{weight.name} does not stand like this at position {group.source}: its first user gives it")
+    return 0
+
+
+def matches(weight: Weight, part: str) -> bool:
+    """Whether ``part``, a part's name or a glob over names inside the layer, means this parameter."""
+    return weight.part == part if part in PARTS else fnmatchcase(weight.name, part)
+
+
+def _words(group: Group) -> str:
+    return f"{'+'.join(group.parts)} of positions {list(group.positions)}"

@@ -1,0 +1,131 @@
+"""make_plan: from a preset and a number, or a budget, to a plan for one model."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from layershare import presets
+from layershare.errors import PlanError, nearest
+from layershare.plan import Gate, Group, Merge, SharingPlan, StackPlan
+from layershare.sharing.layout import find, predict
+from layershare.stacks import Stack, find_stacks
+
+SCHEMES = (*presets.PRESETS, "drop", "gated", "basis")
+
+
+def make_plan(
+    model: nn.Module | Sequence[Stack], preset: str = "adjacent", *, unique: int | None = None, budget: float | None = None,
+    parts: Sequence[str] | None = None, stack: str | Sequence[str] | None = None, merge: Merge = "mean", rank: int = 0,
+) -> SharingPlan:  # fmt: skip
+    """A plan by name for ``model`` (or for its stacks).
+
+    preset: a published scheme (``layershare.presets``), or ``drop`` (keep evenly spaced positions, drop the others),
+        ``gated`` (all positions, tied to those that ``drop`` would keep and gated, the others starting at 0) or
+        ``basis`` (a shared basis over runs of neighbours, its rank from the budget).
+    unique: distinct layers a stack; or budget: the most stored layer parameters, as a fraction (0 < budget < 1) of the
+        planned stacks' own, from which ``unique`` (or the rank) is chosen.
+    parts: part names or globs; default all weight matrices. stack: names of the stacks to share, default all.
+    merge, rank: for tied groups, see :class:`~layershare.plan.Group`.
+
+    Raises :class:`~layershare.errors.PlanError` naming the nearest preset, stack or part, or the least budget possible.
+    """
+    if preset not in SCHEMES:
+        raise PlanError(f"unknown preset {preset!r}.", nearest(preset, SCHEMES))
+    if (unique is None) == (budget is None) and preset not in presets.FIXED:
+        raise PlanError(f"preset {preset!r} needs either unique or budget.")
+    if budget is not None and not 0 < budget < 1:
+        raise PlanError(f"budget {budget:g} is not a fraction of the layer parameters.", "Give one between 0 and 1.")
+    found = find_stacks(model) if isinstance(model, nn.Module) else tuple(model)
+    names = [stack] if isinstance(stack, str) else stack
+    chosen = found if names is None else tuple(find(found, name) for name in names)
+    if open_ := [one for one in chosen if one.tied]:
+        raise PlanError(f"stack {open_[0].name!r} is shared already.")
+    plans = []
+    for one in chosen:
+        wanted = tuple(parts) if parts is not None else _matrix_parts(one)
+        make = _scheme(preset, one, wanted, merge, rank)
+        number = unique if unique is not None or budget is None else _within(one, preset, make, budget)
+        plans.append(make(number if number is not None else presets.FIXED[preset]))
+    return SharingPlan(stacks=tuple(plans))
+
+
+def _matrix_parts(stack: Stack) -> tuple[str, ...]:
+    return tuple(part for part in ("attention", "ffn", "other") if stack.parameters[part])
+
+
+def _scheme(preset: str, stack: Stack, parts: tuple[str, ...], merge: Merge, rank: int) -> Callable[[int], StackPlan]:
+    """A function from the number to choose (unique layers; for ``basis`` the rank) to the stack's plan."""
+    if preset == "drop":
+        return lambda unique: drop_to(stack, spread(stack.length, unique))
+    if preset == "gated":
+        return lambda unique: gated_to(stack, spread(stack.length, unique), parts)
+    if preset == "basis":
+        return lambda rank: basis_over(stack, presets.adjacent(stack.length, -(-stack.length // 2)), parts, rank)
+    return lambda unique: StackPlan(
+        name=stack.name, length=stack.length,
+        groups=tied(presets.assign(preset, stack.length, unique), parts, merge, rank),
+    )  # fmt: skip
+
+
+def _within(stack: Stack, preset: str, make: Callable[[int], StackPlan], budget: float) -> int:
+    """The largest number whose plan stays within ``budget``."""
+    choices: Iterable[int]
+    if preset == "basis":
+        choices = range(1, min(min(w.shape) for layer in stack.layers for w in layer if w.part != "norm"))
+    else:
+        choices = presets.unique_choices(preset, stack.length) if preset in presets.PRESETS else range(1, stack.length + 1)
+    low, high = 0, len(choices := list(choices)) - 1
+    if not choices or (least := _price(stack, make(choices[0]))) > budget:
+        offer = f"the least that {preset!r} stores is {least:.1%}" if choices else f"{preset!r} suits no length of it"
+        raise PlanError(f"budget {budget:.1%} of {stack.name!r} is out of reach: {offer}.", "Choose another preset or budget.")
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _price(stack, make(choices[middle])) <= budget else (low, middle - 1)
+    return choices[low]
+
+
+def _price(stack: Stack, plan: StackPlan) -> float:
+    return predict([stack], SharingPlan(stacks=(plan,))).ratio
+
+
+def tied(assignment: Sequence[int], parts: Sequence[str], merge: Merge = "mean", rank: int = 0) -> tuple[Group, ...]:
+    """Groups of positions with the same unique layer; positions that are alone stay private."""
+    groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
+    return tuple(Group(positions=p, parts=tuple(parts), merge=merge, rank=rank) for p in groups if len(p) > 1)
+
+
+def _positions(assignment: Sequence[int], unique: int) -> tuple[int, ...]:
+    return tuple(position for position, used in enumerate(assignment) if used == unique)
+
+
+def spread(length: int, unique: int) -> tuple[int, ...]:
+    """``unique`` positions evenly spaced from the first to the last, both included ("Stepwise", 2410.20672)."""
+    if not 1 <= unique <= length:
+        raise PlanError(f"unique = {unique} does not suit {length} layers.", f"Give 1 to {length}.")
+    return tuple(round(i * (length - 1) / max(unique - 1, 1)) for i in range(unique))
+
+
+def drop_to(stack: Stack, kept: Sequence[int]) -> StackPlan:
+    """Keep only these positions."""
+    gone = tuple(position for position in range(stack.length) if position not in kept)
+    return StackPlan(name=stack.name, length=stack.length, drop=gone)
+
+
+def gated_to(stack: Stack, kept: Sequence[int], parts: Sequence[str]) -> StackPlan:
+    """Every position, tied to the nearest kept one (the earlier of two) and gated: 1 where kept, else 0."""
+    owner = [min(kept, key=lambda k: abs(k - position)) for position in range(stack.length)]
+    groups = (
+        Group(positions=tuple(p for p in range(stack.length) if owner[p] == k), parts=tuple(parts), merge="pick", source=k)
+        for k in kept
+    )
+    gates = tuple(Gate(position=p, value=float(p in kept)) for p in range(stack.length) if owner.count(owner[p]) > 1)
+    return StackPlan(
+        name=stack.name, length=stack.length, groups=tuple(g for g in groups if len(g.positions) > 1), gates=gates,
+    )  # fmt: skip
+
+
+def basis_over(stack: Stack, assignment: Sequence[int], parts: Sequence[str], rank: int) -> StackPlan:
+    """A shared basis of ``rank`` over the positions of each unique layer."""
+    groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
+    made = tuple(Group(positions=p, parts=tuple(parts), method="basis", rank=rank) for p in groups)
+    return StackPlan(name=stack.name, length=stack.length, groups=made)

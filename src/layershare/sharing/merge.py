@@ -1,0 +1,36 @@
+"""Merges: the weights of several positions become one. Pure functions on tensors.
+
+All take ``weights`` of one shape, (out, in), and return one of that shape and dtype; statistics are in float32 or better.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def first(weights: Sequence[Tensor]) -> Tensor:
+    """The first position's weight (the "Lower"/"Stepwise" choice of Bae et al., 2024, 2410.20672)."""
+    return weights[0].clone()
+
+
+def last(weights: Sequence[Tensor]) -> Tensor:
+    """The last position's weight."""
+    return weights[-1].clone()
+
+
+def mean(weights: Sequence[Tensor]) -> Tensor:
+    """The average (Bae et al., 2024, 2410.20672: best below private low-rank corrections)."""
+    return torch.stack([weight.double() for weight in weights]).mean(0).to(weights[0].dtype)
+
+
+def regmean(weights: Sequence[Tensor], grams: Sequence[Tensor], ridge: float = 1e-4) -> Tensor:
+    """Regression mean (Jin et al., 2022, 2212.09849): the M that minimises sum_l E|(W_l - M) x_l|^2.
+
+    ``grams``: E[x x^T] of each position's inputs, (in, in). Closed form: M = (sum W_l G_l)(sum G_l)^-1.
+    ``ridge`` pulls towards the plain mean in directions without activations, in units of the mean eigenvalue.
+    """
+    grams = [gram.double() for gram in grams]
+    damped = [g + torch.eye(len(g), dtype=g.dtype, device=g.device) * ridge * g.diagonal().mean() for g in grams]
+    target = torch.stack([weight.double() @ g for weight, g in zip(weights, damped, strict=True)]).sum(0)
+    return torch.linalg.solve(torch.stack(damped).sum(0), target, left=False).to(weights[0].dtype)

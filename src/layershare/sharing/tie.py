@@ -1,0 +1,195 @@
+"""The only place that ties: one mechanism, shared ``Parameter`` objects.
+
+Every position keeps its own modules, so key-value caches, adapters and hooks stay per position; what is shared is the
+parameter inside::
+
+    parent._parameters["weight"] = owner._parameters["weight"]
+
+``install`` adds the modules that a layout needs (for ``share`` and for loading alike), ``tie`` makes the objects one,
+``verify`` looks with ``is`` whether they still are.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layershare.errors import ModelError, TieError
+from layershare.linear import GATE, FactoredLinear
+from layershare.plan import SharingPlan
+from layershare.sharing.carry import plan_of
+from layershare.sharing.gate import add_gate, remove_gate
+from layershare.sharing.layout import Layout, resolve
+from layershare.stacks import find_stacks
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters (numbers) and bytes. ``unique`` counts each Parameter once, ``effective`` once per use.
+
+    ``layer_*`` counts inside the stacks only. A factored map counts the factors that it stores in both.
+    """
+
+    unique: int
+    effective: int
+    layer_unique: int
+    layer_effective: int
+    bytes_unique: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """What ``verify`` found: how many parameters are tied, how often, and the counts of the whole model."""
+
+    tied: int
+    uses: int
+    factored: int
+    gated: int
+    counts: Counts
+
+    def __str__(self) -> str:
+        c = self.counts
+        return (
+            f"{self.tied} shared parameters serve {self.uses} places; {self.factored} factored maps, {self.gated} gates. "
+            f"Layers store {c.layer_unique:,} parameters, the model {c.unique:,} ({c.bytes_unique / 1e6:,.1f} MB)."
+        )
+
+
+def install(model: nn.Module, layout: Layout) -> None:
+    """Give ``model`` the factored modules and gates of ``layout``. Values of new factors are not set, nothing is tied.
+
+    Works on the meta device.
+    """
+    for job in layout.jobs:
+        if job.factored:
+            for name in job.modules:
+                base = job.group.method == "tie"
+                model.set_submodule(name, FactoredLinear.standing_for(model.get_submodule(name), job.group.rank, base=base))
+    for name, gate in layout.gates:
+        add_gate(model.get_submodule(name), gate.value)
+
+
+def tie(model: nn.Module, layout: Layout) -> None:
+    """Make the members of every tie the one object that their owner holds, and let ``save_pretrained`` know.
+
+    transformers asks any submodule for ``_tied_weights_keys`` when it saves, and only models when it ties embeddings;
+    so the list stands on the stack itself. (``tie_weights`` would also cut biases to the first side of a weight, which
+    is wrong for GPT-2's transposed maps.)
+    """
+    for owner, *members in layout.ties:
+        parameter = model.get_parameter(owner)
+        for member in members:
+            module, _, leaf = member.rpartition(".")
+            model.get_submodule(module)._parameters[leaf] = parameter
+    for stack in {job.stack for job in layout.jobs}:
+        inside = [names for names in layout.ties if names[0].startswith(f"{stack}.")]
+        keys = {member: owner for owner, *members in inside for member in members}
+        start = len(stack) + 1
+        model.get_submodule(stack)._tied_weights_keys = {m[start:]: o[start:] for m, o in keys.items()}  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy ``values`` into the parameters of these names."""
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
+
+
+@torch.no_grad()
+def undo(model: PreTrainedModel, layout: Layout) -> None:
+    """The reverse of ``install``, in place: every position gets weights of its own again. Gates stay."""
+    for job in layout.jobs:
+        for name, member in zip(job.modules, job.names, strict=True):
+            module = model.get_submodule(name)
+            if isinstance(module, FactoredLinear):
+                model.set_submodule(name, module.dense())
+            else:
+                leaf = member.rpartition(".")[2]
+                old = module._parameters[leaf]
+                assert old is not None
+                module._parameters[leaf] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    for stack in {job.stack for job in layout.jobs}:
+        del model.get_submodule(stack)._tied_weights_keys
+
+
+def remove_gates(model: nn.Module, layout: Layout) -> None:
+    """Take all gates off."""
+    for name, _ in layout.gates:
+        remove_gate(model.get_submodule(name))
+
+
+def layout_of(model: nn.Module, plan: SharingPlan) -> Layout:
+    """The layout of ``plan`` on a model whose dropped positions are already gone (shared or not)."""
+    return resolve(find_stacks(model), plan)
+
+
+def broken(model: nn.Module, layout: Layout) -> list[str]:
+    """Names of parameters that are not, as the layout wants, the same object as their owner, and of missing factors."""
+    lost = []
+    for owner, *members in layout.ties:
+        parameter = _get(model, owner)
+        lost += [owner] if parameter is None else [m for m in members if _get(model, m) is not parameter]
+    lost += [f"{name}.{GATE}" for name, _ in layout.gates if _get(model, f"{name}.{GATE}") is None]
+    return lost
+
+
+def verify(model: nn.Module, plan: SharingPlan | None = None) -> Account:
+    """An account of the ties of ``model``; raises :class:`~layershare.errors.TieError` if one came apart.
+
+    ``plan`` defaults to the one that the model carries. A model without a plan is an error as well.
+    """
+    plan = plan or plan_of(model)
+    if plan is None:
+        raise TieError(f"{type(model).__name__} carries no sharing plan: there is nothing to verify.")
+    layout = layout_of(model, plan)
+    if lost := broken(model, layout):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise TieError(f"{lost[0]}{more} came apart from the shared tensor.", "Call layershare.retie(model) to mend it.")
+    ties = list(layout.ties)
+    return Account(
+        tied=len(ties),
+        uses=sum(map(len, ties)),
+        factored=sum(len(job.layers) for job in layout.jobs if job.factored),
+        gated=len(layout.gates),
+        counts=count(model),
+    )
+
+
+def retie(model: nn.Module) -> Account:
+    """Tie again what a tool has untied, each group to the present values of its owner, and verify."""
+    plan = plan_of(model)
+    if plan is None:
+        raise TieError(f"{type(model).__name__} carries no sharing plan: there is nothing to tie.")
+    tie(model, layout_of(model, plan))
+    return verify(model)
+
+
+def count(model: nn.Module) -> Counts:
+    """Count the parameters of any model, shared or not."""
+    try:
+        names = tuple(f"{stack.name}." for stack in find_stacks(model))
+    except ModelError:
+        names = ()
+    every = list(model.named_parameters(remove_duplicate=False))
+    inside = [parameter for name, parameter in every if name.startswith(names)] if names else []
+    unique = _once(parameter for _, parameter in every)
+    return Counts(
+        unique=sum(parameter.numel() for parameter in unique),
+        effective=sum(parameter.numel() for _, parameter in every),
+        layer_unique=sum(parameter.numel() for parameter in _once(inside)),
+        layer_effective=sum(parameter.numel() for parameter in inside),
+        bytes_unique=sum(parameter.numel() * parameter.element_size() for parameter in unique),
+    )
+
+
+def _once(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def _get(model: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,5 @@
+"""Shared models on disk."""
+
+from layershare.store.hub import LayershareLoader
+
+__all__ = ["LayershareLoader"]

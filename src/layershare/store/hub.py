@@ -1,0 +1,77 @@
+"""The hub format: a shared model is a plain Hugging Face folder that stock ``AutoModel*`` classes load, tied.
+
+The plan travels as ``quantization_config`` in config.json. Importing layershare registers a quantizer of that name,
+whose one task is to give the empty model its shared structure before transformers loads the weights; after loading the
+model is an ordinary one again (no quantized-model rules apply to it).
+
+Without the import transformers would skip an unknown quantizer with a log line and initialise the missing weights at
+random. So the config also names a weights file that does not exist (``transformers_weights``): stock code stops there,
+with a message that says what to import. The quantizer takes that name away before files are looked up.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantizer
+
+from layershare.errors import StoreError
+from layershare.plan import SharingPlan
+from layershare.sharing.carry import NAME, TRAP
+from layershare.sharing.layout import Layout
+from layershare.sharing.tie import install, layout_of, tie
+
+
+@register_quantizer(NAME)
+class LayershareLoader(HfQuantizer):
+    """Hooks of ``from_pretrained``. It quantizes nothing."""
+
+    requires_calibration = False
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        # The one hook that sees the config before the weights file is looked up.
+        if getattr(config, "transformers_weights", None) == TRAP:
+            config.transformers_weights = None
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.layout = layout_of(model, SharingPlan.from_dict(self.quantization_config.plan))
+        install(model, self.layout)
+        # transformers then neither allocates nor initialises the members of a tie, and ties them to their owners.
+        members = {member: owner for owner, *members in self.layout.ties for member in members}
+        self.stock_keys, model.all_tied_weights_keys = model.all_tied_weights_keys, model.all_tied_weights_keys | members
+        # Meant for output embeddings, it would cut the biases of GPT-2's transposed maps to the first side of their weight.
+        model._adjust_bias = lambda *_: None  # type: ignore[method-assign]
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.all_tied_weights_keys = self.stock_keys
+        del model._adjust_bias
+        tie(model, self.layout)
+        _refuse_incomplete(model, self.layout)
+        model.config.transformers_weights = TRAP
+        model.is_quantized = False
+        del model.hf_quantizer, model.quantization_method
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _refuse_incomplete(model: nn.Module, layout: Layout) -> None:
+    """transformers initialises what a checkpoint lacks and only logs it; inside the stacks that is never meant."""
+    stacks = tuple({f"{job.stack}." for job in layout.jobs} | {f"{name}." for name, _ in layout.gates})
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(stacks) and not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise StoreError(
+            f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more of the layers' tensors.",
+            "It is incomplete or was saved with another plan: save or download it again.",
+        )
