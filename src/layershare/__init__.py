@@ -57,3 +57,5 @@ def __getattr__(name: str) -> Any:
 
 # Every from_pretrained then loads shared folders; see layershare/store/hub.py.
 when_imported("transformers.modeling_utils", lambda: import_module("layershare.store"))
+# PEFT then knows our adapters, and refuses to merge into shared weights; see layershare/adapt/guard.py.
+when_imported("peft", lambda: import_module("layershare.adapt.guard").install())

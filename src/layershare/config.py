@@ -24,8 +24,11 @@ class Config(BaseModel):
             raise _explain(cls, failure, where, error) from None
 
 
-def _explain(cls: type[BaseModel], failure: ValidationError, where: str, error: type[LayershareError]) -> LayershareError:
-    first = failure.errors()[0]
+def _explain(
+    cls: type[BaseModel], failure: ValidationError, where: str, error: type[LayershareError]
+) -> LayershareError:
+    # A misspelt key is said before what is missing because of it.
+    first = min(failure.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = ".".join(str(step) for step in first["loc"]) or cls.__name__
     place = f"{where}: " if where else ""
     if first["type"] == "extra_forbidden":

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-
 FACTORS = ("base", "up", "down")
-GATE = "gate"
+GATE = "layershare_gate"
 
 
 class FactoredLinear(nn.Linear):
@@ -25,13 +24,17 @@ class FactoredLinear(nn.Linear):
 
     # transformers must not initialise it: the factors come from ``share`` or from a checkpoint, never from chance.
     _is_hf_initialized = True
+    base: Tensor | None
+    down: Tensor
+    up: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, *, base: bool, bias: bool, transposed: bool = False,
         device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.rank, self.transposed = in_features, out_features, rank, transposed
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.transposed = rank, transposed
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -44,12 +47,12 @@ class FactoredLinear(nn.Linear):
     @classmethod
     def standing_for(cls, module: nn.Module, rank: int, *, base: bool) -> "FactoredLinear":
         """A factored module, its factors not yet set, in place of a Linear or Conv1D. It takes over the bias itself."""
-        weight, transposed = module.weight, isinstance(module, Conv1D)
-        out_features, in_features = reversed(weight.shape) if transposed else weight.shape  # type: ignore[misc]
+        weight, transposed = module.get_parameter("weight"), isinstance(module, Conv1D)
+        out_features, in_features = reversed(weight.shape) if transposed else weight.shape
         factored = cls(
             in_features, out_features, rank, base=base, bias=False, transposed=transposed,
-            device=weight.device, dtype=weight.dtype,  # type: ignore[arg-type]
-        )  # fmt: skip
+            device=weight.device, dtype=weight.dtype,
+        ).requires_grad_(weight.requires_grad)  # fmt: skip
         factored.bias = module.bias  # type: ignore[assignment]
         return factored.train(module.training)
 
@@ -58,7 +61,8 @@ class FactoredLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        if any(factor.is_meta for factor in self.parameters(recurse=False)):  # while loading, before ties are made
+        # While a model is loaded, some factors are on the meta device until the ties are made.
+        if any(factor.is_meta for factor in self.parameters(recurse=False)):
             shape = (self.out_features, self.in_features)
             return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.up.dtype, device="meta")
         dense = self.up @ self.down
@@ -83,7 +87,9 @@ class FactoredLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         base = "base + " if self.base is not None else ""
-        return f"{self.in_features}, {self.out_features}, {base}rank={self.rank}, bias={self.bias is not None}"
+        return (
+            f"{self.in_features}, {self.out_features}, {base}rank={self.rank}, bias={self.bias is not None}"
+        )
 
 
 def kind_of(module: nn.Module) -> str:

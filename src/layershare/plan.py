@@ -9,7 +9,7 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -70,7 +70,7 @@ class Gate(Config):
     """A private scalar g at a position: its output becomes ``h + g * (layer(h) - h)``; g = 0 skips it exactly."""
 
     position: int = Field(ge=0)
-    value: float = 1.0
+    value: float = Field(1.0, allow_inf_nan=False)
 
 
 class StackPlan(Config):
@@ -99,26 +99,32 @@ class StackPlan(Config):
             raise ValueError(f"all positions of stack {self.name!r} are dropped")
         if len(set(gated)) < len(gated):
             raise ValueError(f"a position of stack {self.name!r} has two gates: {sorted(gated)}")
-        taken: dict[tuple[int, str], Group] = {}
-        for group in self.groups:
-            for claim in ((position, part) for position in group.positions for part in group.parts):
-                if taken.setdefault(claim, group) is not group:
-                    raise ValueError(f"position {claim[0]} of stack {self.name!r} has {claim[1]!r} in two groups")
+        claims = Counter(
+            (p, part) for group in self.groups for p in group.positions for part in dict.fromkeys(group.parts)
+        )
+        for position, part in (claim for claim, times in claims.items() if times > 1):
+            raise ValueError(f"position {position} of stack {self.name!r} has {part!r} in two groups")
         return self
 
 
 class SharingPlan(Config):
     """The whole plan. Equal plans compare equal; ``print(plan)`` draws it."""
 
-    version: int = FORMAT_VERSION
+    version: int = Field(FORMAT_VERSION, ge=1)
     stacks: tuple[StackPlan, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, values: Any) -> Any:
+        version = values.get("version") if isinstance(values, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:  # before its new keys are called unknown
+            raise ValueError(
+                f"the plan has format version {version}, this layershare reads up to {FORMAT_VERSION}: upgrade it",
+            )
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.version > FORMAT_VERSION:
-            raise ValueError(
-                f"the plan has format version {self.version}, this layershare reads up to {FORMAT_VERSION}: upgrade it",
-            )
         names = [stack.name for stack in self.stacks]
         if len(set(names)) < len(names):
             raise ValueError(f"a stack is planned twice: {names}")
@@ -126,7 +132,10 @@ class SharingPlan(Config):
 
     def to_dict(self) -> dict:
         """Plain data, defaults left out so that the text stays readable."""
-        return {"version": self.version, **self.model_dump(mode="json", exclude_defaults=True, exclude={"version"})}
+        return {
+            "version": self.version,
+            **self.model_dump(mode="json", exclude_defaults=True, exclude={"version"}),
+        }
 
     @classmethod
     def from_dict(cls, values: dict, where: str = "plan") -> Self:
@@ -158,18 +167,24 @@ class SharingPlan(Config):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a ``.toml`` or ``.json`` plan. Raises PlanError naming the file."""
-        path = Path(path)
-        if path.suffix not in (".toml", ".json"):
-            raise PlanError(f"{path}: a plan is a .toml or .json file.")
+        path = _file(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+            raise PlanError(
+                f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})."
+            ) from None
         return cls.from_toml(text, str(path)) if path.suffix == ".toml" else cls.from_json(text, str(path))
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        path.write_text(self.to_json() if path.suffix == ".json" else self.to_toml(), encoding="utf-8")
+        """Write a ``.toml`` or ``.json`` plan, whole or not at all. Raises PlanError naming the file."""
+        path = _file(path)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            part.write_text(self.to_json() if path.suffix == ".json" else self.to_toml(), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be written ({error.strerror or error}).") from None
 
     def __str__(self) -> str:
         return self.picture()
@@ -177,11 +192,17 @@ class SharingPlan(Config):
     def picture(self) -> str:
         """A text picture: a column a position, a row a part; equal letters share, ``.`` is private, ``x`` dropped.
 
-        A small letter is a shared basis, ``+r`` a private correction of rank r.
+        A small letter is a shared basis; below stands what each letter means.
         """
         if not any(stack.groups or stack.drop or stack.gates for stack in self.stacks):
             return "nothing is shared"
         return "\n\n".join(_draw(stack) for stack in self.stacks)
+
+
+def _file(path: str | Path) -> Path:
+    if (path := Path(path)).suffix not in (".toml", ".json"):
+        raise PlanError(f"{path}: a plan is a .toml or .json file.")
+    return path
 
 
 def _draw(stack: StackPlan) -> str:
@@ -199,10 +220,12 @@ def _draw(stack: StackPlan) -> str:
     if stack.gates:
         values = {gate.position: f"{gate.value:g}" for gate in stack.gates}
         rows["gate"] = [values.get(position, "") for position in range(stack.length)]
-        width = max(width, *(len(value) for value in values.values()))
+    width = max(width, *(len(cell) for row in rows.values() for cell in row))
     margin = max(map(len, (stack.name, *rows)))
     lines = [f"{stack.name:<{margin}}  " + " ".join(f"{p:>{width}}" for p in range(stack.length))]
-    lines += [f"{part:<{margin}}  " + " ".join(f"{cell:>{width}}" for cell in row) for part, row in rows.items()]
+    lines += [
+        f"{part:<{margin}}  " + " ".join(f"{cell:>{width}}" for cell in row) for part, row in rows.items()
+    ]
     return "\n".join(lines + [f"{'':<{margin}}  {letter}: {text}" for letter, text in legend.items()])
 
 

@@ -12,7 +12,7 @@ Assignment = tuple[int, ...]
 
 
 def all_(length: int, unique: int = 1) -> Assignment:
-    """One layer everywhere: ALBERT (Lan et al., 2019, 1909.11942), Universal Transformer (Dehghani et al., 2018, 1807.03819)."""
+    """One layer everywhere: ALBERT (Lan et al., 2019, 1909.11942), after the Universal Transformer (1807.03819)."""
     return (0,) * length
 
 
@@ -27,10 +27,10 @@ def cycle(length: int, unique: int) -> Assignment:
 
 
 def cycle_rev(length: int, unique: int) -> Assignment:
-    """As ``cycle``, but the last M positions run backwards (Takase & Kiyono, 2021, 2104.06022)."""
-    turn = length - unique
-    forward = tuple(position % unique for position in range(turn))
-    return forward + tuple(reversed(range(unique))) if turn else tuple(range(length))
+    """As ``cycle``, but the last round (whole or not) runs backwards (Takase & Kiyono, 2021, 2104.06022)."""
+    turn = max(-(-length // unique) - 1, 1) * unique
+    forward = cycle(length, unique)
+    return forward[:turn] + tuple(unique - 1 - i for i in forward[turn:])
 
 
 def middle_cycle(length: int, unique: int) -> Assignment:
@@ -44,12 +44,11 @@ def sandwich(length: int, unique: int = 3) -> Assignment:
 
 
 def adjacent(length: int, unique: int) -> Assignment:
-    """Each layer runs several times in a row before the next (MobileLLM-LS immediate block-wise, Liu et al., 2024, 2402.14905).
+    """Each layer runs several times in a row before the next (MobileLLM-LS, Liu et al., 2024, 2402.14905).
 
-    As ``sequence`` when M divides N; otherwise all runs but the last are equally long.
+    The paper repeats every layer equally often; where M does not divide N, the runs are those of ``sequence``.
     """
-    run = -(-length // unique)
-    return tuple(position // run for position in range(length))
+    return sequence(length, unique)
 
 
 PRESETS: dict[str, Callable[[int, int], Assignment]] = {
@@ -78,7 +77,9 @@ def assign(preset: str, length: int, unique: int) -> Assignment:
     """The unique layer of each position. Raises PlanError if the preset is unknown or ``unique`` does not suit it."""
     choices = unique_choices(preset, length)
     if unique not in choices:
-        offer = f"{choices[0]} to {choices[-1]}" if len(choices) > 1 else ", ".join(map(str, choices)) or "none"
+        offer = (
+            f"{choices[0]} to {choices[-1]}" if len(choices) > 1 else ", ".join(map(str, choices)) or "none"
+        )
         raise PlanError(f"preset {preset!r} on {length} layers takes unique = {offer}, given: {unique}.")
     return PRESETS[preset](length, unique)
 

@@ -6,7 +6,7 @@ parameter shapes. A :class:`Stack` holds names and shapes only: plans are resolv
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ _MIXER = re.compile(r"mamba|mixer|ssm|rnn|recurrent|conv|rglru|delta", re.IGNORE
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of a layer: its name inside the layer, shape, part, the kind of module that holds it, element size."""
+    """One parameter of a layer: its name inside the layer, shape, part, kind of its module, element size in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,6 +31,11 @@ class Weight:
     kind: str
     """``linear`` (out, in), ``conv1d`` (in, out; GPT-2's own linear layer) or ``other``."""
     itemsize: int
+
+    @property
+    def factorable(self) -> bool:
+        """Whether it is the matrix of a plain linear map."""
+        return self.kind != "other" and len(self.shape) == 2
 
     @property
     def size(self) -> int:
@@ -61,7 +66,7 @@ class Stack:
     @cached_property
     def parameters(self) -> dict[str, int]:
         """Effective parameter count by part (``attention``, ``ffn``, ``norm``, ``other``), over all positions."""
-        counts = Counter({part: 0 for part in PARTS})
+        counts = Counter(dict.fromkeys(PARTS, 0))
         for layer in self.layers:
             for weight in layer:
                 counts[weight.part] += weight.size
@@ -72,14 +77,35 @@ class Stack:
         """Effective parameters of all positions."""
         return sum(self.parameters.values())
 
+    @cached_property
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        """The positions by kind of layer: those of a kind have most of their matrices in common, by name and shape.
+
+        One kind in most models; layers of attention and of Mamba, or with and without experts, are of two.
+        """
+        found: dict[tuple[Weight, ...], list[int]] = {}
+        for position, layer in enumerate(self.layers):
+            matrices = tuple(weight for weight in layer if weight.part != "norm")
+            like = next((kind for kind in found if _alike(kind, matrices)), matrices)
+            found.setdefault(like, []).append(position)
+        return tuple(map(tuple, found.values()))
+
     def __str__(self) -> str:
         share = ", ".join(f"{part} {count:,}" for part, count in self.parameters.items() if count)
         state = ", already shared" if self.tied else ""
         return f"{self.name}: {self.length} x {self.layer_class}, {self.size:,} parameters ({share}){state}"
 
 
-def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
+def _alike(one: tuple[Weight, ...], other: tuple[Weight, ...]) -> bool:
+    """Whether more than half of all they have is common to both."""
+    common, every = set(one) & set(other), set(one) | set(other)
+    return one == other or 2 * sum(weight.size for weight in common) > sum(weight.size for weight in every)
+
+
+def find_stacks(model: nn.Module, known: Iterable[str] = ()) -> tuple[Stack, ...]:
     """All stacks of ``model``, outermost first, in the order of its modules. Works on the meta device.
+
+    ``known`` names lists that are stacks even if no two of their layers are alike, as after dropping most of them.
 
     Raises :class:`~layershare.errors.ModelError` if there is none, saying so when the model stores one layer and
     applies it many times (ALBERT).
@@ -88,7 +114,7 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        if _is_stack(module):
+        if _is_stack(module) or (_is_list(module) and any(same_stack(name, one) for one in known)):
             stacks.append(_describe(name, module))
             inside = f"{name}."
     if not stacks:
@@ -96,10 +122,19 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     return tuple(stacks)
 
 
+def same_stack(name: str, other: str) -> bool:
+    """Whether two names mean one stack: a base model and the same model under a head differ by a prefix."""
+    return name == other or name.endswith(f".{other}") or other.endswith(f".{name}")
+
+
 def _is_stack(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
-        return False
-    return any(times > 1 for signature, times in Counter(map(_signature, module)).items() if signature)
+    return _is_list(module) and any(
+        times > 1 for signature, times in Counter(map(_signature, module)).items() if signature
+    )
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
 
 
 def _signature(layer: nn.Module) -> tuple | None:
@@ -121,7 +156,9 @@ def _describe(name: str, stack: nn.Module) -> Stack:
 def _weights(layer: nn.Module | None) -> list[Weight]:
     """What the layer computes with: a factored map counts as the one weight that it stands for, gates do not count."""
     found: list[Weight] = []
-    for path, module in layer.named_modules() if layer is not None else ():
+    if layer is None:
+        return found
+    for path, module in layer.named_modules():
         for leaf, shape, itemsize in _tensors(module):
             name = f"{path}.{leaf}" if path else leaf
             kind = kind_of(module) if leaf == "weight" else "other"
@@ -154,7 +191,11 @@ def _part(layer: nn.Module, path: str, shape: tuple[int, ...]) -> str:
 
 def _why_none(model: nn.Module) -> str:
     positions = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
-    single = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 1 and _signature(m[0])]
+    single = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == 1 and _signature(m[0])
+    ]
     if single and isinstance(positions, int) and positions > 1:
         return f": it is already shared, {single[0]} stores one layer and applies it {positions} times"
     return ""

@@ -1,4 +1,4 @@
-"""How a model carries its plan: as ``quantization_config`` in its config, the way that transformers keeps such things."""
+"""How a model carries its plan: as ``quantization_config`` in its config, where transformers keeps such things."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ TRAP = "this-model-needs--import-layershare--first.safetensors"
 
 
 @register_quantization_config(NAME)
-class LayershareConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LayershareConfig(QuantizationConfigMixin):
     """What config.json keeps of a shared model: the plan, and how it was made."""
 
     def __init__(self, plan: dict | None = None, made: dict | None = None, **unknown: Any) -> None:

@@ -32,8 +32,12 @@ def share(
         raise PlanError(f"{type(model).__name__} is shared already.", "Call layershare.unshare(model) first.")
     student = dropped(model, plan)
     layout = layout_of(student, plan)
-    if calibration is None and (needy := next((job for job in layout.jobs if job.group.merge == "regmean"), None)):
-        raise PlanError(f"merge 'regmean' of {needy.names[0]} needs activations.", "Give calibration batches.")
+    if calibration is None and (
+        needy := next((job for job in layout.jobs if job.group.merge == "regmean"), None)
+    ):
+        raise PlanError(
+            f"merge 'regmean' of {needy.names[0]} needs activations.", "Give calibration batches."
+        )
     wanted = {name for job in layout.jobs if _uses_activations(job) for name in job.modules}
     grams = collect(student, sorted(wanted), calibration) if calibration is not None and wanted else {}
     values = solve(layout, dict(student.named_parameters(remove_duplicate=False)), grams)
@@ -58,7 +62,9 @@ def unshare(model: PreTrainedModel) -> PreTrainedModel:
         return dense
     undo(dense, layout_of(dense, plan))
     unmark(dense)
-    rest = plan.model_copy(update={"stacks": tuple(s.model_copy(update={"groups": ()}) for s in plan.stacks if s.gates)})
+    rest = plan.model_copy(
+        update={"stacks": tuple(s.model_copy(update={"groups": ()}) for s in plan.stacks if s.gates)}
+    )
     if rest.stacks:
         mark(dense, rest)
     return dense
@@ -73,7 +79,7 @@ def dropped(model: PreTrainedModel, plan: SharingPlan) -> PreTrainedModel:
     student = model
     for one in plan.stacks:
         if one.drop:
-            student = drop_layers(student, find(find_stacks(student), one.name), one.drop)
+            student = drop_layers(student, find(find_stacks(student, [one.name]), one.name), one.drop)
     return copy.deepcopy(model) if student is model else student
 
 
@@ -82,7 +88,9 @@ def solve(layout: Layout, weights: Mapping[str, Tensor], grams: Grams) -> dict[s
     """The values of all shared tensors and factors, by their names after sharing. Pure: tensors in, tensors out."""
     values: dict[str, Tensor] = {}
     for job in layout.jobs:
-        values |= _solve_one(job, [weights[name] for name in job.names], [grams[m] for m in job.modules if m in grams])
+        values |= _solve_one(
+            job, [weights[name] for name in job.names], [grams[m] for m in job.modules if m in grams]
+        )
     return values
 
 

@@ -1,11 +1,11 @@
 """Drop positions: a shorter model of the same class, its config right, its layers numbered anew."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -21,25 +21,39 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
     Raises ModelError if no field does it, PlanError if a later layer lacks parameters that the first one brings.
     """
     kept = [position for position in range(stack.length) if position not in positions]
-    shorter = _build(type(model), _shorter_config(model, stack, kept)).to(model.dtype)
-    names = {f"{stack.name}.{old}.": f"{stack.name}.{new}." for new, old in enumerate(kept)}
-    state = {}
-    for name, value in model.state_dict().items():
-        if name.startswith(f"{stack.name}."):
-            old = next((old for old in names if name.startswith(old)), None)
-            if old is None:
-                continue
-            name = names[old] + name[len(old) :]
-        state[name] = value
-    missing, unexpected = shorter.load_state_dict(state, strict=False)
+    shorter = _build(type(model), _shorter_config(model, stack, kept))
+    # The tensors themselves, each in its own precision, with the buffers that no checkpoint keeps.
+    state = {name: value.clone() for name, value in _renumbered(model.state_dict(), stack, kept)}
+    missing, unexpected = shorter.load_state_dict(state, strict=False, assign=True)
     if wrong := [*missing, *unexpected]:
         raise PlanError(
             f"dropping positions {list(positions)} of {stack.name!r} leaves {wrong[0]} without a place.",
             "Keep the first position of this stack." if 0 in positions else "Keep layers of one kind.",
         )
+    shorter.tie_weights()
+    for name, buffer in _renumbered(dict(model.named_buffers()), stack, kept):
+        if name not in state:
+            module, _, leaf = name.rpartition(".")
+            shorter.get_submodule(module)._buffers[leaf] = buffer.clone()
+    for name, parameter in _renumbered(dict(model.named_parameters()), stack, kept):
+        shorter.get_parameter(name).requires_grad_(parameter.requires_grad)
     if getattr(model, "generation_config", None) is not None:
         shorter.generation_config = copy.deepcopy(model.generation_config)
-    return shorter.to(model.device).train(model.training)
+    return shorter.to(model.device).train(model.training)  # type: ignore[arg-type]
+
+
+def _renumbered(
+    tensors: Mapping[str, Tensor], stack: Stack, kept: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Those of the kept layers, by their new names, and all outside the stack."""
+    new = {str(position): i for i, position in enumerate(kept)}
+    for name, tensor in tensors.items():
+        if not name.startswith(f"{stack.name}."):
+            yield name, tensor
+            continue
+        position, _, rest = name.removeprefix(f"{stack.name}.").partition(".")
+        if position in new:
+            yield f"{stack.name}.{new[position]}.{rest}", tensor
 
 
 def _build(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -51,7 +65,7 @@ def _build(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMo
 
 def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -> PretrainedConfig:
     values = model.config.to_dict()
-    lengths = {other.name: other.length for other in find_stacks(model)}
+    lengths = {other.name: other.length for other in find_stacks(model, [stack.name])}
     wanted = lengths | {stack.name: len(kept)}
     for path in _fields(values, stack.length):
         changed = copy.deepcopy(values)
@@ -64,27 +78,16 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
             config = type(model.config).from_dict(changed)
             config._attn_implementation = model.config._attn_implementation
             with torch.device("meta"):
-                found = {other.name: other.length for other in _find_or_one(_build(type(model), config), stack.name)}
-        except Exception:  # noqa: BLE001, S112 - a field that does not build is not the one we look for
+                short = _build(type(model), config)
+            found = {other.name: other.length for other in find_stacks(short, lengths)}
+        except Exception:  # noqa: S112 - a field that does not build is not the one we look for
             continue
         if found == wanted:
             return config
     raise ModelError(
-        f"no field of {type(model.config).__name__} sets the length of {stack.name!r} alone: positions cannot be dropped.",
+        f"no field of {type(model.config).__name__} sets the length of {stack.name!r} alone: it cannot be shortened.",
         "Gate them instead (value 0).",
     )
-
-
-def _find_or_one(model: nn.Module, name: str) -> Iterator[Stack]:
-    """The stacks, and a list that is too short to count as one because only one layer is left."""
-    try:
-        found = find_stacks(model)
-    except ModelError:
-        found = ()
-    yield from found
-    if name not in [stack.name for stack in found]:
-        layers = model.get_submodule(name)
-        yield Stack(name, tuple(type(layer).__name__ for layer in layers.children()), ((),) * len(list(layers.children())))
 
 
 def _fields(values: dict[str, Any], length: int, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from layershare.errors import PlanError, nearest
 from layershare.plan import Gate, Group, SharingPlan, StackPlan
-from layershare.stacks import PARTS, Stack, Weight
+from layershare.stacks import PARTS, Stack, Weight, same_stack
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Prediction:
 
 
 def predict(stacks: Sequence[Stack], plan: SharingPlan) -> Prediction:
-    """What ``plan`` will store of the given (original, undropped) ``stacks``. ``layer_effective`` counts the original."""
+    """What ``plan`` will store of the (original, undropped) ``stacks``. ``layer_effective`` counts the original."""
     effective = sum(stack.size for stack in stacks)
     before = sum(w.size * w.itemsize for stack in stacks for layer in stack.layers for w in layer)
     saved, saved_bytes = 0, 0
@@ -116,7 +116,9 @@ def predict(stacks: Sequence[Stack], plan: SharingPlan) -> Prediction:
 def drop(stack: Stack, positions: Sequence[int]) -> Stack:
     """The stack without some positions."""
     kept = [i for i in range(stack.length) if i not in positions]
-    return Stack(stack.name, tuple(stack.classes[i] for i in kept), tuple(stack.layers[i] for i in kept), stack.tied)
+    return Stack(
+        stack.name, tuple(stack.classes[i] for i in kept), tuple(stack.layers[i] for i in kept), stack.tied
+    )
 
 
 def find(stacks: Sequence[Stack], name: str) -> Stack:
@@ -125,7 +127,7 @@ def find(stacks: Sequence[Stack], name: str) -> Stack:
     Raises PlanError naming the nearest stack.
     """
     exact = [stack for stack in stacks if stack.name == name]
-    akin = [s for s in stacks if s.name.endswith(f".{name}") or name.endswith(f".{s.name}")]
+    akin = [stack for stack in stacks if same_stack(stack.name, name)]
     if len(found := exact or akin) != 1:
         raise PlanError(f"the model has no stack {name!r}.", nearest(name, [stack.name for stack in stacks]))
     return found[0]
@@ -140,8 +142,13 @@ def resolve(stacks: Sequence[Stack], plan: SharingPlan) -> Layout:
     jobs: list[Job] = []
     gates: list[tuple[str, Gate]] = []
     notes: list[str] = []
+    done: dict[str, str] = {}
     for one in plan.stacks:
         stack = find(stacks, one.name)
+        if done.setdefault(stack.name, one.name) != one.name:
+            raise PlanError(
+                f"stack {stack.name!r} is planned twice, as {done[stack.name]!r} and as {one.name!r}."
+            )
         if stack.length != len(one.kept):
             after = " after dropping" if one.drop else ""
             raise PlanError(
@@ -161,7 +168,9 @@ def resolve(stacks: Sequence[Stack], plan: SharingPlan) -> Layout:
     return Layout(tuple(jobs), tuple(gates), tuple(dict.fromkeys(notes)))
 
 
-def _jobs(stack: Stack, plan: StackPlan, group: Group, index: dict[int, int], notes: list[str]) -> Iterator[Job]:
+def _jobs(
+    stack: Stack, plan: StackPlan, group: Group, index: dict[int, int], notes: list[str]
+) -> Iterator[Job]:
     likes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     weights: dict[tuple[str, tuple[int, ...]], Weight] = {}
     for layer in (index[position] for position in group.positions):
@@ -182,8 +191,10 @@ def _jobs(stack: Stack, plan: StackPlan, group: Group, index: dict[int, int], no
         source = _source(group, index, layers, weight, notes)
         if len(layers) < len(group.positions) and len(group.positions) > 1:
             where = [plan.kept[layer] for layer in layers]
-            notes.append(f"{weight.name} {list(weight.shape)} stands at positions {where} only: shared among these")
-        if group.rank and (weight.kind == "other" or len(weight.shape) != 2):
+            notes.append(
+                f"{weight.name} {list(weight.shape)} stands at positions {where} only: shared among these"
+            )
+        if group.rank and not weight.factorable:
             if group.method == "basis":
                 notes.append(f"{weight.name} is no plain linear map: it has no basis, it stays private")
                 continue
@@ -203,13 +214,20 @@ def _jobs(stack: Stack, plan: StackPlan, group: Group, index: dict[int, int], no
 def _source(group: Group, index: dict[int, int], layers: list[int], weight: Weight, notes: list[str]) -> int:
     if group.source is None or index[group.source] in layers:
         return 0 if group.source is None else layers.index(index[group.source])
-    notes.append(f"{weight.name} does not stand like this at position {group.source}: its first user gives it")
+    notes.append(
+        f"{weight.name} does not stand like this at position {group.source}: its first user gives it"
+    )
     return 0
 
 
 def matches(weight: Weight, part: str) -> bool:
     """Whether ``part``, a part's name or a glob over names inside the layer, means this parameter."""
     return weight.part == part if part in PARTS else fnmatchcase(weight.name, part)
+
+
+def factors(weight: Weight, part: str) -> bool:
+    """Whether a rank on ``part`` factors this parameter."""
+    return weight.factorable and matches(weight, part)
 
 
 def _words(group: Group) -> str:

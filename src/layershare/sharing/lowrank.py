@@ -15,25 +15,30 @@ Factors = tuple[Tensor, Tensor]
 
 
 def root(gram: Tensor, ridge: float = 1e-6) -> Factors:
-    """S and its inverse, both (in, in), symmetric, with S S = G. Directions without activations are damped by ``ridge``."""
+    """S and its inverse, both (in, in), symmetric, with S S = G. ``ridge`` damps directions without activations."""
     values, vectors = torch.linalg.eigh(gram.double())
     values = values.clamp_min(ridge * values[-1].clamp_min(torch.finfo(torch.float32).tiny))
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
 def truncate(weight: Tensor, rank: int, gram: Tensor | None = None) -> Factors:
-    """The best ``up`` (out, rank), ``down`` (rank, in) for one matrix: whitened SVD, Eckart-Young in the metric of G."""
+    """The best ``up`` (out, rank), ``down`` (rank, in) of one matrix: Eckart-Young in the metric of G."""
     ups, down = shared_input([weight], rank, None if gram is None else [gram])
     return ups[0], down
 
 
-def shared_input(weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+def shared_input(
+    weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], Tensor]:
     """Basis Sharing (Wang et al., 2024, 2410.03765): W_l = up_l @ down with one ``down`` (rank, in) for all positions.
 
-    One whitening for the group, from the sum of the Gram matrices. Returns the private ``up_l`` (out, rank) and ``down``.
+    One whitening for the group, from the sum of the Gram matrices. Returns the private ``up_l`` (out, rank) and
+    ``down``.
     """
     stacked = torch.cat([weight.double() for weight in weights])
-    root_, inverse = _identity(stacked) if grams is None else root(torch.stack([g.double() for g in grams]).sum(0))
+    root_, inverse = (
+        _identity(stacked) if grams is None else root(torch.stack([g.double() for g in grams]).sum(0))
+    )
     u, s, vh = torch.linalg.svd(stacked @ root_, full_matrices=False)
     scale = s[:rank].sqrt()
     ups = (u[:, :rank] * scale).split([len(weight) for weight in weights])
@@ -41,7 +46,9 @@ def shared_input(weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] |
     return [up.to(weights[0].dtype) for up in ups], down.to(weights[0].dtype)
 
 
-def shared_output(weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+def shared_output(
+    weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """One ``up`` (out, rank) for all positions, W_l = up @ down_l; each position is whitened by its own Gram matrix.
 
     Returns ``up`` and the private ``down_l`` (rank, in): the projections on the best common output space.

@@ -7,15 +7,16 @@ from torch import nn
 from layershare import presets
 from layershare.errors import PlanError, nearest
 from layershare.plan import Gate, Group, Merge, SharingPlan, StackPlan
-from layershare.sharing.layout import find, predict
+from layershare.sharing.layout import factors, find, predict
 from layershare.stacks import Stack, find_stacks
 
 SCHEMES = (*presets.PRESETS, "drop", "gated", "basis")
 
 
 def make_plan(
-    model: nn.Module | Sequence[Stack], preset: str = "adjacent", *, unique: int | None = None, budget: float | None = None,
-    parts: Sequence[str] | None = None, stack: str | Sequence[str] | None = None, merge: Merge = "mean", rank: int = 0,
+    model: nn.Module | Sequence[Stack], preset: str = "adjacent", *,
+    unique: int | None = None, budget: float | None = None, parts: Sequence[str] | None = None,
+    stack: str | Sequence[str] | None = None, merge: Merge = "mean", rank: int = 0,
 ) -> SharingPlan:  # fmt: skip
     """A plan by name for ``model`` (or for its stacks).
 
@@ -23,29 +24,39 @@ def make_plan(
         ``gated`` (all positions, tied to those that ``drop`` would keep and gated, the others starting at 0) or
         ``basis`` (a shared basis over runs of neighbours, its rank from the budget).
     unique: distinct layers a stack; or budget: the most stored layer parameters, as a fraction (0 < budget < 1) of the
-        planned stacks' own, from which ``unique`` (or the rank) is chosen.
+        planned stacks' own, from which ``unique`` (for ``basis``: ``rank``) is chosen.
     parts: part names or globs; default all weight matrices. stack: names of the stacks to share, default all.
-    merge, rank: for tied groups, see :class:`~layershare.plan.Group`.
+    merge, rank: for tied groups, see :class:`~layershare.plan.Group`; ``basis`` takes a rank in place of ``unique``.
 
     Raises :class:`~layershare.errors.PlanError` naming the nearest preset, stack or part, or the least budget possible.
     """
     if preset not in SCHEMES:
         raise PlanError(f"unknown preset {preset!r}.", nearest(preset, SCHEMES))
-    if (unique is None) == (budget is None) and preset not in presets.FIXED:
-        raise PlanError(f"preset {preset!r} needs either unique or budget.")
+    if preset in ("drop", "gated", "basis") and (merge != "mean" or (rank and preset != "basis")):
+        raise PlanError(
+            f"preset {preset!r} takes no {f'merge {merge!r}' if merge != 'mean' else f'rank {rank}'}."
+        )
+    name, number = ("rank", rank or None) if preset == "basis" else ("unique", unique)
+    if preset == "basis" and unique is not None:
+        raise PlanError(f"preset 'basis' takes no unique = {unique}.", "Give its rank, or a budget.")
+    if (number is None) == (budget is None) and not (preset in presets.FIXED and budget is None):
+        raise PlanError(f"preset {preset!r} needs either {name} or budget.")
     if budget is not None and not 0 < budget < 1:
-        raise PlanError(f"budget {budget:g} is not a fraction of the layer parameters.", "Give one between 0 and 1.")
+        raise PlanError(
+            f"budget {budget:g} is not a fraction of the layer parameters.", "Give one between 0 and 1."
+        )
     found = find_stacks(model) if isinstance(model, nn.Module) else tuple(model)
+    parts = [parts] if isinstance(parts, str) else parts
     names = [stack] if isinstance(stack, str) else stack
-    chosen = found if names is None else tuple(find(found, name) for name in names)
+    chosen = found if names is None else tuple(dict.fromkeys(find(found, name) for name in names))
     if open_ := [one for one in chosen if one.tied]:
         raise PlanError(f"stack {open_[0].name!r} is shared already.")
     plans = []
     for one in chosen:
         wanted = tuple(parts) if parts is not None else _matrix_parts(one)
         make = _scheme(preset, one, wanted, merge, rank)
-        number = unique if unique is not None or budget is None else _within(one, preset, make, budget)
-        plans.append(make(number if number is not None else presets.FIXED[preset]))
+        chosen_number = _within(one, preset, make, wanted, budget) if budget is not None else number
+        plans.append(make(presets.FIXED[preset] if chosen_number is None else chosen_number))
     return SharingPlan(stacks=tuple(plans))
 
 
@@ -53,31 +64,68 @@ def _matrix_parts(stack: Stack) -> tuple[str, ...]:
     return tuple(part for part in ("attention", "ffn", "other") if stack.parameters[part])
 
 
-def _scheme(preset: str, stack: Stack, parts: tuple[str, ...], merge: Merge, rank: int) -> Callable[[int], StackPlan]:
+def _scheme(
+    preset: str, stack: Stack, parts: tuple[str, ...], merge: Merge, rank: int
+) -> Callable[[int], StackPlan]:
     """A function from the number to choose (unique layers; for ``basis`` the rank) to the stack's plan."""
     if preset == "drop":
         return lambda unique: drop_to(stack, spread(stack.length, unique))
     if preset == "gated":
         return lambda unique: gated_to(stack, spread(stack.length, unique), parts)
     if preset == "basis":
-        return lambda rank: basis_over(stack, presets.adjacent(stack.length, -(-stack.length // 2)), parts, rank)
+        return lambda rank: basis_over(stack, _assign("adjacent", stack, -(-stack.length // 2)), parts, rank)
     return lambda unique: StackPlan(
         name=stack.name, length=stack.length,
-        groups=tied(presets.assign(preset, stack.length, unique), parts, merge, rank),
+        groups=tied(_assign(preset, stack, unique), parts, merge, rank),
     )  # fmt: skip
 
 
-def _within(stack: Stack, preset: str, make: Callable[[int], StackPlan], budget: float) -> int:
+def _assign(preset: str, stack: Stack, unique: int) -> presets.Assignment:
+    """The unique layer of each position. Where layers are of several kinds, the scheme is laid over each kind apart,
+    with its proportion of the unique layers: unlike layers have nothing to share."""
+    whole = presets.assign(preset, stack.length, unique)
+    if len(stack.kinds) == 1:
+        return whole
+    used: dict[int, int] = {}
+    for positions in stack.kinds:
+        choices = presets.unique_choices(preset, len(positions)) or range(len(positions), len(positions) + 1)
+        wanted = min(max(round(unique * len(positions) / stack.length), choices[0]), choices[-1])
+        own = (
+            presets.PRESETS[preset](len(positions), wanted)
+            if wanted < len(positions)
+            else range(len(positions))
+        )
+        used |= {position: positions[number] for position, number in zip(positions, own, strict=True)}
+    return tuple(used[position] for position in range(stack.length))
+
+
+def _within(
+    stack: Stack, preset: str, make: Callable[[int], StackPlan], parts: Sequence[str], budget: float,
+) -> int:  # fmt: skip
     """The largest number whose plan stays within ``budget``."""
     choices: Iterable[int]
     if preset == "basis":
-        choices = range(1, min(min(w.shape) for layer in stack.layers for w in layer if w.part != "norm"))
+        sides = [
+            min(w.shape) for layer in stack.layers for w in layer if any(factors(w, part) for part in parts)
+        ]
+        choices = range(1, min(sides, default=0))
     else:
-        choices = presets.unique_choices(preset, stack.length) if preset in presets.PRESETS else range(1, stack.length + 1)
+        choices = (
+            presets.unique_choices(preset, stack.length)
+            if preset in presets.PRESETS
+            else range(1, stack.length + 1)
+        )
     low, high = 0, len(choices := list(choices)) - 1
     if not choices or (least := _price(stack, make(choices[0]))) > budget:
-        offer = f"the least that {preset!r} stores is {least:.1%}" if choices else f"{preset!r} suits no length of it"
-        raise PlanError(f"budget {budget:.1%} of {stack.name!r} is out of reach: {offer}.", "Choose another preset or budget.")
+        offer = (
+            f"the least that {preset!r} stores is {least:.1%}"
+            if choices
+            else f"{preset!r} suits no length of it"
+        )
+        raise PlanError(
+            f"budget {budget:.1%} of {stack.name!r} is out of reach: {offer}.",
+            "Choose another preset or budget.",
+        )
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if _price(stack, make(choices[middle])) <= budget else (low, middle - 1)
@@ -88,10 +136,16 @@ def _price(stack: Stack, plan: StackPlan) -> float:
     return predict([stack], SharingPlan(stacks=(plan,))).ratio
 
 
-def tied(assignment: Sequence[int], parts: Sequence[str], merge: Merge = "mean", rank: int = 0) -> tuple[Group, ...]:
+def tied(
+    assignment: Sequence[int], parts: Sequence[str], merge: Merge = "mean", rank: int = 0
+) -> tuple[Group, ...]:
     """Groups of positions with the same unique layer; positions that are alone stay private."""
     groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
-    return tuple(Group(positions=p, parts=tuple(parts), merge=merge, rank=rank) for p in groups if len(p) > 1)
+    return tuple(_group(positions=p, parts=parts, merge=merge, rank=rank) for p in groups if len(p) > 1)
+
+
+def _group(**values: object) -> Group:
+    return Group.parse(values, error=PlanError)
 
 
 def _positions(assignment: Sequence[int], unique: int) -> tuple[int, ...]:
@@ -112,13 +166,18 @@ def drop_to(stack: Stack, kept: Sequence[int]) -> StackPlan:
 
 
 def gated_to(stack: Stack, kept: Sequence[int], parts: Sequence[str]) -> StackPlan:
-    """Every position, tied to the nearest kept one (the earlier of two) and gated: 1 where kept, else 0."""
-    owner = [min(kept, key=lambda k: abs(k - position)) for position in range(stack.length)]
+    """Every position, tied to the nearest kept one of its kind (the earlier of two) and gated: 1 where kept, else 0."""
+    kind = {position: number for number, positions in enumerate(stack.kinds) for position in positions}
+    owner = [min(kept, key=lambda k: (kind[k] != kind[p], abs(k - p))) for p in range(stack.length)]
     groups = (
-        Group(positions=tuple(p for p in range(stack.length) if owner[p] == k), parts=tuple(parts), merge="pick", source=k)
+        _group(
+            positions=[p for p in range(stack.length) if owner[p] == k], parts=parts, merge="pick", source=k
+        )
         for k in kept
     )
-    gates = tuple(Gate(position=p, value=float(p in kept)) for p in range(stack.length) if owner.count(owner[p]) > 1)
+    gates = tuple(
+        Gate(position=p, value=float(p in kept)) for p in range(stack.length) if owner.count(owner[p]) > 1
+    )
     return StackPlan(
         name=stack.name, length=stack.length, groups=tuple(g for g in groups if len(g.positions) > 1), gates=gates,
     )  # fmt: skip
@@ -127,5 +186,5 @@ def gated_to(stack: Stack, kept: Sequence[int], parts: Sequence[str]) -> StackPl
 def basis_over(stack: Stack, assignment: Sequence[int], parts: Sequence[str], rank: int) -> StackPlan:
     """A shared basis of ``rank`` over the positions of each unique layer."""
     groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
-    made = tuple(Group(positions=p, parts=tuple(parts), method="basis", rank=rank) for p in groups)
+    made = tuple(_group(positions=p, parts=parts, method="basis", rank=rank) for p in groups)
     return StackPlan(name=stack.name, length=stack.length, groups=made)

@@ -1,6 +1,6 @@
 """Merges: the weights of several positions become one. Pure functions on tensors.
 
-All take ``weights`` of one shape, (out, in), and return one of that shape and dtype; statistics are in float32 or better.
+All take ``weights`` of one shape, (out, in), and return one of that shape and dtype, summed in float64.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,8 @@ def regmean(weights: Sequence[Tensor], grams: Sequence[Tensor], ridge: float = 1
     ``ridge`` pulls towards the plain mean in directions without activations, in units of the mean eigenvalue.
     """
     grams = [gram.double() for gram in grams]
-    damped = [g + torch.eye(len(g), dtype=g.dtype, device=g.device) * ridge * g.diagonal().mean() for g in grams]
+    damped = [
+        g + torch.eye(len(g), dtype=g.dtype, device=g.device) * ridge * g.diagonal().mean() for g in grams
+    ]
     target = torch.stack([weight.double() @ g for weight, g in zip(weights, damped, strict=True)]).sum(0)
     return torch.linalg.solve(torch.stack(damped).sum(0), target, left=False).to(weights[0].dtype)

@@ -20,7 +20,7 @@ from layershare.errors import ModelError, TieError
 from layershare.linear import GATE, FactoredLinear
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import plan_of
-from layershare.sharing.gate import add_gate, remove_gate
+from layershare.sharing.gate import add_gate, has_gate, remove_gate
 from layershare.sharing.layout import Layout, resolve
 from layershare.stacks import find_stacks
 
@@ -52,7 +52,8 @@ class Account:
     def __str__(self) -> str:
         c = self.counts
         return (
-            f"{self.tied} shared parameters serve {self.uses} places; {self.factored} factored maps, {self.gated} gates. "
+            f"{self.tied} shared parameters serve {self.uses} places; "
+            f"{self.factored} factored maps, {self.gated} gates. "
             f"Layers store {c.layer_unique:,} parameters, the model {c.unique:,} ({c.bytes_unique / 1e6:,.1f} MB)."
         )
 
@@ -66,7 +67,9 @@ def install(model: nn.Module, layout: Layout) -> None:
         if job.factored:
             for name in job.modules:
                 base = job.group.method == "tie"
-                model.set_submodule(name, FactoredLinear.standing_for(model.get_submodule(name), job.group.rank, base=base))
+                model.set_submodule(
+                    name, FactoredLinear.standing_for(model.get_submodule(name), job.group.rank, base=base)
+                )
     for name, gate in layout.gates:
         add_gate(model.get_submodule(name), gate.value)
 
@@ -103,7 +106,8 @@ def undo(model: PreTrainedModel, layout: Layout) -> None:
     for job in layout.jobs:
         for name, member in zip(job.modules, job.names, strict=True):
             module = model.get_submodule(name)
-            if isinstance(module, FactoredLinear):
+            if job.factored:
+                assert isinstance(module, FactoredLinear)
                 model.set_submodule(name, module.dense())
             else:
                 leaf = member.rpartition(".")[2]
@@ -122,16 +126,18 @@ def remove_gates(model: nn.Module, layout: Layout) -> None:
 
 def layout_of(model: nn.Module, plan: SharingPlan) -> Layout:
     """The layout of ``plan`` on a model whose dropped positions are already gone (shared or not)."""
-    return resolve(find_stacks(model), plan)
+    return resolve(find_stacks(model, [one.name for one in plan.stacks]), plan)
 
 
 def broken(model: nn.Module, layout: Layout) -> list[str]:
-    """Names of parameters that are not, as the layout wants, the same object as their owner, and of missing factors."""
+    """Names of parameters that are not the same object as their owner, and of lost factors and gates."""
     lost = []
     for owner, *members in layout.ties:
         parameter = _get(model, owner)
         lost += [owner] if parameter is None else [m for m in members if _get(model, m) is not parameter]
-    lost += [f"{name}.{GATE}" for name, _ in layout.gates if _get(model, f"{name}.{GATE}") is None]
+    factored = [name for job in layout.jobs if job.factored for name in job.modules]
+    lost += [name for name in factored if not isinstance(model.get_submodule(name), FactoredLinear)]
+    lost += [f"{name}.{GATE}" for name, _ in layout.gates if not has_gate(model.get_submodule(name))]
     return lost
 
 
@@ -146,14 +152,16 @@ def verify(model: nn.Module, plan: SharingPlan | None = None) -> Account:
     layout = layout_of(model, plan)
     if lost := broken(model, layout):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise TieError(f"{lost[0]}{more} came apart from the shared tensor.", "Call layershare.retie(model) to mend it.")
+        raise TieError(
+            f"{lost[0]}{more} came apart from the shared tensor.", "Call layershare.retie(model) to mend it."
+        )
     ties = list(layout.ties)
     return Account(
         tied=len(ties),
         uses=sum(map(len, ties)),
         factored=sum(len(job.layers) for job in layout.jobs if job.factored),
         gated=len(layout.gates),
-        counts=count(model),
+        counts=count(model, [one.name for one in plan.stacks]),
     )
 
 
@@ -166,10 +174,10 @@ def retie(model: nn.Module) -> Account:
     return verify(model)
 
 
-def count(model: nn.Module) -> Counts:
-    """Count the parameters of any model, shared or not."""
+def count(model: nn.Module, known: Iterable[str] = ()) -> Counts:
+    """Count the parameters of any model, shared or not. ``known``: see :func:`~layershare.stacks.find_stacks`."""
     try:
-        names = tuple(f"{stack.name}." for stack in find_stacks(model))
+        names = tuple(f"{stack.name}." for stack in find_stacks(model, known))
     except ModelError:
         names = ()
     every = list(model.named_parameters(remove_duplicate=False))

@@ -9,6 +9,7 @@ random. So the config also names a weights file that does not exist (``transform
 with a message that says what to import. The quantizer takes that name away before files are looked up.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -17,9 +18,9 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from layershare.errors import StoreError
 from layershare.plan import SharingPlan
-from layershare.sharing.carry import NAME, TRAP
-from layershare.sharing.layout import Layout
+from layershare.sharing.carry import NAME, TRAP, LayershareConfig
 from layershare.sharing.tie import install, layout_of, tie
+from layershare.stacks import find_stacks
 
 
 @register_quantizer(NAME)
@@ -34,23 +35,43 @@ class LayershareLoader(HfQuantizer):
             config.transformers_weights = None
         return config
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        self.layout = layout_of(model, SharingPlan.from_dict(self.quantization_config.plan))
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        assert isinstance(self.quantization_config, LayershareConfig)
+        plan = SharingPlan.from_dict(self.quantization_config.plan, "config.json: quantization_config.plan")
+        if not plan.stacks:
+            raise StoreError(
+                "config.json: quantization_config has no plan.", "Save or download the model again."
+            )
+        if pickled := [file for file in checkpoint_files or () if not str(file).endswith(".safetensors")]:
+            raise StoreError(f"{pickled[0]}: shared models are loaded from safetensors files only.")
+        self.known = [one.name for one in plan.stacks]
+        self.layout = layout_of(model, plan)
         install(model, self.layout)
         # transformers then neither allocates nor initialises the members of a tie, and ties them to their owners.
-        members = {member: owner for owner, *members in self.layout.ties for member in members}
-        self.stock_keys, model.all_tied_weights_keys = model.all_tied_weights_keys, model.all_tied_weights_keys | members
-        # Meant for output embeddings, it would cut the biases of GPT-2's transposed maps to the first side of their weight.
+        self.members = {member: owner for owner, *members in self.layout.ties for member in members}
+        self.stock_keys = model.all_tied_weights_keys
+        model.all_tied_weights_keys = self.stock_keys | self.members
+        # Meant for output embeddings, it would cut the biases of GPT-2's transposed maps to one side of their weight.
         model._adjust_bias = lambda *_: None  # type: ignore[method-assign]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        model.all_tied_weights_keys = self.stock_keys
+        # It leaves untied, and takes off this list, what the checkpoint holds twice with different values.
+        if apart := self.members.keys() - model.all_tied_weights_keys.keys():
+            raise StoreError(
+                f"the checkpoint has its own {min(apart)}, which the plan in config.json ties.",
+                "It was saved with another plan: save or download it again.",
+            )
+        model.all_tied_weights_keys = {
+            k: o for k, o in model.all_tied_weights_keys.items() if k in self.stock_keys
+        }
         del model._adjust_bias
         tie(model, self.layout)
-        _refuse_incomplete(model, self.layout)
+        _refuse_incomplete(model, self.known)
         model.config.transformers_weights = TRAP
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         del model.hf_quantizer, model.quantization_method
         return model
 
@@ -62,9 +83,9 @@ class LayershareLoader(HfQuantizer):
         return True
 
 
-def _refuse_incomplete(model: nn.Module, layout: Layout) -> None:
+def _refuse_incomplete(model: nn.Module, known: Sequence[str]) -> None:
     """transformers initialises what a checkpoint lacks and only logs it; inside the stacks that is never meant."""
-    stacks = tuple({f"{job.stack}." for job in layout.jobs} | {f"{name}." for name, _ in layout.gates})
+    stacks = tuple(f"{stack.name}." for stack in find_stacks(model, known))
     missing = [
         name
         for name, parameter in model.named_parameters()

@@ -1,0 +1,298 @@
+"""compress: share, heal, measure, report, as one resumable run into one folder.
+
+``OUT`` is the model folder itself; ``OUT/baseline-drop`` holds the baseline, if one was asked for. A stage's folder
+appears whole or not at all (``OUT.part`` until then, with the checkpoints of a healing that was interrupted) and says
+in ``layershare.json`` what it was made from; a second run with the same inputs finds it and goes on behind it.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from layershare import __version__, report
+from layershare.errors import OptionError, StoreError
+from layershare.heal.distill import DistillConfig, distill
+from layershare.heal.folder import layer_map
+from layershare.measure import compare, machine
+from layershare.plan import SharingPlan
+from layershare.result import Result, write_atomic
+from layershare.sharing import make_plan, predict, share
+from layershare.sharing.search import SEARCHED
+from layershare.stacks import find_stacks
+from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, local_folder, sketch
+from layershare.tasks import Data, Task, get_task
+from layershare.tasks.encoding import INPUTS, batches
+
+RECORD = "layershare.json"
+BASELINES = ("drop",)
+CALIBRATION_TEXTS = 256
+
+
+def compress(
+    model: str | Path,
+    *,
+    task: str,
+    data: Sequence[Path],
+    out: Path,
+    test: Path | None = None,
+    validation: Path | None = None,
+    budget: float = 0.5,
+    plan: Path | None = None,
+    scheme: str = "auto",
+    baseline: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    columns: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Result:
+    """Compress ``model`` for ``task`` into the folder ``out``, and return what was reached.
+
+    model: folder or hub name. data, test, validation: files, see :mod:`layershare.tasks`; without a test file a part of
+    the data is held out. budget: the most layer parameters to store, as a fraction of the original's. plan: a plan file,
+    instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, or ``auto``). baseline: ``drop`` also makes a
+    layer-dropped model of at most equal size, healed alike. steps: of healing, default those of
+    :class:`~layershare.heal.distill.DistillConfig`.
+
+    Raises OptionError, DataError, ModelError, PlanError or StoreError before anything is written, and TrainingError
+    when healing cannot go on. Ctrl-C keeps what is done; the same call goes on from there.
+    """
+    if not 0 < budget < 1:
+        raise OptionError(
+            f"budget {budget:g} is out of range.", "Give a fraction of the layer parameters, as 0.5."
+        )
+    if baseline is not None and baseline not in BASELINES:
+        raise OptionError(f"unknown baseline {baseline!r}.", f"Valid: {', '.join(BASELINES)}.")
+    out, say = Path(out).expanduser(), progress or _say
+    kind = get_task(task)
+    _refuse_foreign(out)
+    found = _read(kind, data, test, validation, columns, seed)
+    job = _Job(model, kind, found, steps, seed, say)
+    wanted = {"scheme": scheme, "budget": budget} if plan is None else SharingPlan.load(plan).to_dict()
+    job.check(wanted)
+    if overwrite:
+        for old in (out, _part(out)):
+            shutil.rmtree(old, ignore_errors=True)
+    made = {"shared": job.make(wanted, out)}
+    if baseline is not None:
+        made["layer drop"] = job.make({"scheme": baseline, "budget": budget}, out / f"baseline-{baseline}")
+    return _measured(job, made, out)
+
+
+class _Job:
+    """What all stages of one run have in common. The original model is loaded when first needed."""
+
+    def __init__(
+        self, model: str | Path, kind: Task, data: Data, steps: int | None, seed: int, say: Callable
+    ) -> None:
+        self.model, self.kind, self.data, self.say, self.seed = model, kind, data, say, seed
+        self.folder = local_folder(model)
+        self.stacks = find_stacks(sketch(self.folder))
+        chosen = {"seed": seed} | ({} if steps is None else {"steps": steps})
+        self.config = DistillConfig.parse(chosen)
+        self._teacher: Any = None
+
+    @property
+    def teacher(self) -> Any:
+        if self._teacher is None:
+            self._teacher = load_model(self.folder, self.kind.auto_class)
+            self.kind.check(self.data, self._teacher.config)
+        return self._teacher
+
+    def check(self, wanted: dict[str, Any]) -> None:
+        """Raise PlanError for a plan that cannot be, before anything is written or trained."""
+        if "scheme" not in wanted:
+            predict(self.stacks, SharingPlan.from_dict(wanted))
+        elif wanted["scheme"] not in SEARCHED:
+            make_plan(self.stacks, wanted["scheme"], budget=wanted["budget"])
+
+    def plan(self, wanted: dict[str, Any], calibration: list[dict[str, Any]]) -> SharingPlan:
+        """The plan meant by ``wanted``: one written out, or a scheme and a budget."""
+        if "scheme" not in wanted:
+            return SharingPlan.from_dict(wanted)
+        scheme, budget = wanted["scheme"], wanted["budget"]
+        if scheme not in SEARCHED:
+            return make_plan(self.stacks, scheme, budget=budget)
+        change = output_change(self.kind, self.teacher, calibration)
+        return SEARCHED[scheme](self.teacher, self.stacks, budget, change)
+
+    def inputs(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Everything that decides what a stage makes."""
+        return {
+            "layershare": __version__,
+            "model": _fingerprint(self.folder),
+            "task": self.kind.name,
+            "data": self.data.describe(),
+            "plan": wanted,
+            "heal": self.config.model_dump(mode="json"),
+        }
+
+    def make(self, wanted: dict[str, Any], out: Path) -> Path:
+        """The stage: a shared and healed model in ``out``."""
+        inputs = self.inputs(wanted)
+        if (record := _record(out)) is not None:
+            if record["inputs"] != inputs:
+                changed = next(name for name in inputs if record["inputs"].get(name) != inputs[name])
+                raise StoreError(
+                    f"{out} holds the result of a run with another {changed}.",
+                    "Choose another folder, or --overwrite.",
+                )
+            self.say(f"{out}: already made, reused")
+            return out
+        part = _part(out)
+        part.mkdir(parents=True, exist_ok=True)
+        if (begun := part / "inputs.json").exists() and json.loads(begun.read_text()) != inputs:
+            shutil.rmtree(part)  # an unfinished run with other inputs: its checkpoints do not fit
+            part.mkdir()
+        write_atomic(part / "inputs.json", json.dumps(inputs))
+        seconds, history = self._fill(wanted, part)
+        (part / "inputs.json").unlink()
+        shutil.rmtree(part / "checkpoints", ignore_errors=True)
+        record = {"inputs": inputs, "seconds": seconds, "history": history}
+        write_atomic(part / RECORD, json.dumps(record, indent=1) + "\n")
+        if out.exists():
+            out.rmdir()
+        part.replace(out)
+        return out
+
+    def _fill(self, wanted: dict[str, Any], folder: Path) -> tuple[dict[str, float], list[dict]]:
+        seconds: dict[str, float] = {}
+        tokenizer = load_tokenizer(self.folder)
+        batches = calibration(self.kind, tokenizer, self.data, self.config)
+        with _timed("plan", seconds):
+            if not (saved := folder / "plan.toml").exists():
+                write_atomic(saved, self.plan(wanted, batches).to_toml())
+            plan = SharingPlan.load(saved)
+            self.say(f"\n{plan.picture()}\n")
+        with _timed("share", seconds):
+            student = share(self.teacher, plan, calibration=batches)
+        with _timed("heal", seconds):
+            self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} texts")
+            history = distill(
+                student, self.teacher, tokenizer, self.kind, self.data, self.config, folder, layer_map=layer_map(plan)
+            )  # fmt: skip
+        student.save_pretrained(folder)
+        copy_preprocessing(self.folder, folder)
+        return seconds, history
+
+
+def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Callable[[], float]:
+    """A function that runs ``model`` as it then is, and says how far its answers are from those it gives now."""
+    from torch import Tensor, no_grad
+    from torch.nn.functional import cosine_similarity
+
+    @no_grad()
+    def answers() -> list[Tensor]:
+        outputs = [kind.forward(model, batch) for batch in batches]
+        return [output.embedding if output.embedding is not None else output.logits for output in outputs]  # type: ignore[misc]
+
+    before = answers()
+
+    def change() -> float:
+        pairs = zip(answers(), before, strict=True)
+        return sum(float((1 - cosine_similarity(now, then, dim=-1)).sum()) for now, then in pairs)
+
+    return change
+
+
+def calibration(kind: Task, tokenizer: Any, data: Data, config: DistillConfig) -> list[dict[str, Any]]:
+    """Batches of the first texts to train on, for the statistics that sharing needs."""
+    rows = kind.encode(tokenizer, data.train, config.max_length)  # type: ignore[arg-type]
+    rows = rows.select(range(min(len(rows), CALIBRATION_TEXTS)))
+    texts = {name: rows[name] for name in INPUTS if name in rows.column_names}
+    return [batch for _, batch in batches(tokenizer, texts, 32)]
+
+
+def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
+    """Compare the original with everything made; write result.json, report and card. Reused if nothing has changed."""
+    records = {label: _record(folder) for label, folder in made.items()}
+    key = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16]
+    if (out / "result.json").exists():
+        old = Result.load(out)
+        if f"measured for {key}" in old.notes:
+            report.write(out)
+            return old
+    started = time.monotonic()
+    figures = compare(
+        {"original": job.folder, **made},
+        job.kind,
+        job.data,
+        progress=lambda what: job.say(f"measure: {what}"),
+    )
+    first, plan = records["shared"] or {}, SharingPlan.load(out / "plan.toml")
+    seconds = {**first.get("seconds", {}), "measure": round(time.monotonic() - started, 1)}
+    result = Result(
+        source=Path(str(job.model)).name if Path(str(job.model)).exists() else str(job.model),
+        machine=machine(),
+        task=job.kind.name,
+        metric=job.kind.metric_of(job.data.test or job.data.validation),  # type: ignore[arg-type]
+        higher_is_better=job.kind.higher_is_better,
+        data=job.data.describe(),
+        seed=job.seed,
+        command=" ".join(["layershare", *sys.argv[1:]]) if sys.argv[0].endswith("layershare") else "",
+        models=figures,
+        plan=plan.model_dump(mode="json"),
+        plan_picture=plan.picture(),
+        history=first.get("history", []),
+        seconds=seconds,
+        notes=[*job.data.notes, f"measured for {key}"],
+    )
+    result.save(out / "result.json")
+    report.write(out)
+    return result
+
+
+def _read(
+    kind: Task, data: Sequence[Path], test: Path | None, validation: Path | None,
+    columns: Mapping[str, str] | None, seed: int,
+) -> Data:  # fmt: skip
+    if validation is None:
+        return kind.read(data, test=[] if test is None else [test], columns=columns, seed=seed)
+    whole = (1.0, 0.0, 0.0)
+    found = kind.read(data, test=[] if test is None else [test], columns=columns, seed=seed, split=whole)
+    held = kind.read([validation], columns=columns, seed=seed, split=whole)
+    return replace(found, validation=held.train, sha256={**found.sha256, **held.sha256})
+
+
+def _fingerprint(folder: Path) -> str:
+    """A hash of the config and all weights of a model folder."""
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else None
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and _record(out) is None):
+        raise StoreError(
+            f"{out} exists and is not a folder of a run.", "Choose another folder, or empty it first."
+        )
+
+
+def _part(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part")
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 1)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""Healing: training a shared model back towards the original it was made from."""

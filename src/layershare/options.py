@@ -1,0 +1,60 @@
+"""Every option and argument of the command line, with its help text, once. Verbs pick from these."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
+Models = Annotated[list[str], typer.Argument(help="Model folders or hub names; the first is the measure.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that layershare wrote.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
+Task = Annotated[str, typer.Option(help="What the model is for: sentence-embedding or text-classification.")]
+Data = Annotated[
+    list[Path], typer.Option(help="CSV, TSV, JSONL or Parquet file; may be given several times.")
+]
+Test = Annotated[Path | None, typer.Option(help="File to report on; default: a part of the data, held out.")]
+Validation = Annotated[
+    Path | None, typer.Option(help="File to choose on; default: a part of the data, held out.")
+]
+Column = Annotated[
+    list[str] | None, typer.Option(help="ROLE=NAME where a column is not found by its usual name.")
+]
+Budget = Annotated[
+    float, typer.Option(help="The most layer parameters to store, as a fraction of the original's.")
+]
+MaybeBudget = Annotated[
+    float | None, typer.Option(help="As a fraction of the layer parameters, instead of --unique.")
+]
+Scheme = Annotated[str, typer.Option(help="How to share: auto, drop, gated, basis, or a preset by name.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan (.toml or .json) instead of a preset.")]
+PlanOut = Annotated[Path | None, typer.Option("-o", "--out", help="Save the plan here (.toml or .json).")]
+Preset = Annotated[
+    str, typer.Option(help="A published scheme: all, sequence, cycle, cycle_rev, middle_cycle, ...")
+]
+Unique = Annotated[int | None, typer.Option(help="Distinct layers per stack.")]
+Parts = Annotated[
+    str | None, typer.Option(help="Parts to share, with commas: attention,ffn; default all matrices.")
+]
+StackName = Annotated[str | None, typer.Option("--stack", help="Share only this stack; default all.")]
+Merge = Annotated[
+    Literal["mean", "first", "last", "regmean"], typer.Option(help="How to make one tensor of several.")
+]
+Rank = Annotated[int, typer.Option(help="Rank of a private correction per position.")]
+Calibration = Annotated[Path | None, typer.Option(help="Texts to fit the shared tensors on; needs --task.")]
+MaybeTask = Annotated[str | None, typer.Option("--task", help="How to read the calibration file.")]
+Teacher = Annotated[str, typer.Option(help="The original model: a folder or a hub name.")]
+Baseline = Annotated[
+    str | None, typer.Option(help="Also make a baseline of equal bytes, healed alike: drop.")
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Optimizer steps of healing; default: the task's own number.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that is not empty.")]
+DemoOut = Annotated[
+    Path | None, typer.Option("-o", "--out", help="The folder to write; default: under out/.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; everything else goes to stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]

@@ -1,0 +1,122 @@
+"""Open models by folder or hub name, with errors in the user's own words. Nothing is downloaded for a folder."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from layershare.errors import ModelError, StoreError
+
+
+def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedModel:
+    """The model in evaluation mode, on the CPU, in the precision of its checkpoint.
+
+    ``auto_class``: name of the transformers class to load it with; default the one that the checkpoint was saved from.
+    Raises ModelError if there is no such model, its weights cannot be read, or its code is not part of transformers.
+    """
+    name = auto_class or _class_name(_config(model))
+    cls = getattr(transformers, name)
+    return _open(model, lambda source: cls.from_pretrained(source, use_safetensors=True)).eval()
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of the model. Raises ModelError if it has none."""
+    return _open(model, transformers.AutoTokenizer.from_pretrained)
+
+
+def sketch(model: str | Path) -> PreTrainedModel:
+    """The model on the meta device, from its config alone: names and shapes, no weights read."""
+    config = _config(model)
+    name = _class_name(config)
+    with torch.device("meta"):
+        return _open(model, lambda _: getattr(transformers, name)._from_config(config))
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of the model; a hub name is downloaded first: weights in safetensors, config and tokenizer."""
+    _config(model)
+    if (source := Path(model).expanduser()).is_dir():
+        return source
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    other = ["onnx/*", "openvino/*", "original/*"]
+    return Path(
+        _open(model, lambda name: snapshot_download(name, allow_patterns=wanted, ignore_patterns=other))
+    )
+
+
+def copy_preprocessing(model: str | Path, folder: Path) -> None:
+    """Give ``folder`` what goes before and behind ``model``: its tokenizer or image processor, if one can be loaded,
+    and the modules of a Sentence Transformer (pooling, normalisation)."""
+    # A model of plain tensors has no processor, and an image processor may need a library that is not there.
+    with suppress(ModelError, ImportError):
+        _open(model, transformers.AutoProcessor.from_pretrained).save_pretrained(folder)
+    source = Path(model).expanduser()
+    if not (source / "modules.json").is_file():
+        return
+    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
+        if module["path"] and (source / module["path"]).is_dir():
+            shutil.copytree(source / module["path"], folder / module["path"], dirs_exist_ok=True)
+
+
+@contextmanager
+def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
+    """A folder to fill, ``OUT.part``, that becomes ``out`` when the block ends well.
+
+    When it does not, the part goes away; with ``resume`` it stays, and the next call finds what is in it.
+    Raises StoreError, before the block runs, if there is something in ``out``.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(
+            f"{out} exists and is not an empty folder.", "Choose another folder, or empty it first."
+        )
+    part = out.with_name(f"{out.name}.part")
+    if not resume:
+        shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        part.replace(out)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _config(model: str | Path) -> PretrainedConfig:
+    return _open(model, transformers.AutoConfig.from_pretrained)
+
+
+def _class_name(config: PretrainedConfig) -> str:
+    name = next(iter(config.architectures or ()), "AutoModel")
+    return name if hasattr(transformers, name) else "AutoModel"
+
+
+def _open(model: str | Path, get: Callable[[str], Any]) -> Any:
+    source = Path(model).expanduser()
+    if source.is_file():
+        raise ModelError(f"{model} is a file, a model is a folder or a hub name.")
+    if not source.is_dir() and (isinstance(model, Path) or str(model).startswith((".", "/", "~"))):
+        raise ModelError(f"{model}: no such folder.")
+    if source.is_dir() and not (source / "config.json").is_file():
+        raise ModelError(f"{model} has no config.json, so it is not a model folder.")
+    try:
+        return get(str(source) if source.is_dir() else str(model))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        where = "" if source.is_dir() else ": no such folder, and the hub did not give it"
+        raise ModelError(f"{model}{where} ({reason})") from error

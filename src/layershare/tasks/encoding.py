@@ -1,0 +1,57 @@
+"""From texts to padded batches of token ids. Pads by hand: no tokenizer warnings, other columns ignored."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def usable_length(tokenizer: Any, config: Any, max_length: int | None = None) -> int:
+    """The longest text, in tokens, that tokenizer and model accept, at most ``max_length`` (default: 512)."""
+    limits = [max_length or 512, tokenizer.model_max_length]
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(*limits, positions) if positions else min(limits)
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
+) -> dict[str, list[list[int]]]:
+    """Token ids of each text (or text pair), cut at ``max_length``, not padded: column -> one list a text."""
+    both = (list(texts),) if pairs is None else (list(texts), list(pairs))
+    encoded = tokenizer(*both, truncation=True, max_length=max_length, padding=False)
+    return {name: encoded[name] for name in INPUTS if name in encoded}
+
+
+def pad(tokenizer: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> "dict[str, Tensor]":
+    """Rows of token ids -> tensors [B, T] with T the longest row, padded on the tokenizer's side."""
+    import torch
+
+    width = max(len(row["input_ids"]) for row in rows)
+    left = tokenizer.padding_side == "left"
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # decoders often have no padding token
+    fill = {"input_ids": next(i for i in ids if i is not None)}
+    batch = {}
+    for name in INPUTS:
+        if name in rows[0]:
+            gaps = [[fill.get(name, 0)] * (width - len(row[name])) for row in rows]
+            padded = [
+                gap + list(row[name]) if left else list(row[name]) + gap
+                for row, gap in zip(rows, gaps, strict=True)
+            ]
+            batch[name] = torch.tensor(padded)
+    return batch
+
+
+def batches(
+    tokenizer: Any, encoded: Mapping[str, Sequence[Sequence[int]]], batch_size: int
+) -> "Iterator[tuple[list[int], dict[str, Tensor]]]":
+    """(row numbers, padded batch) over all rows of ``encoded``, longest first, so that little is padding."""
+    columns = {name: encoded[name][:] for name in INPUTS if name in encoded}
+    ids = columns["input_ids"]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield rows, pad(tokenizer, [{name: column[i] for name, column in columns.items()} for i in rows])
