@@ -24,7 +24,7 @@ from layershare.architectures.laws import check_laws
 from layershare.architectures.small import auto_classes, model_types, small_model
 from layershare.errors import ModelError
 
-CPU_SECONDS = 30
+CPU_SECONDS = 20
 WALL_SECONDS = 300
 
 

@@ -1,33 +1,47 @@
 """Distillation: the teacher's targets, the terms of the loss, augmentation, and whole small runs."""
 
 import json
+import math
+import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from layershare.errors import DataError, ModelError, OptionError
-from layershare.heal.distill import (
-    Collator,
-    DistillConfig,
-    LossWeights,
-    distill,
-    kept_layers,
-    loss_terms,
-    matching_layers,
-)
-from layershare.heal.teacher import Target, cache_bytes, cached, live
-from layershare.tasks import TASKS
+from layershare.errors import DataError, ModelError, OptionError, TrainingError
+from layershare.heal.cache import TeacherOutputs
+from layershare.heal.collator import Collator
+from layershare.heal.config import DistillConfig, LossWeights
+from layershare.heal.distill import distill, loss_terms
+from layershare.heal.fit import check_tokenizers
+from layershare.heal.layers import kept_layers, matching_layers
+from layershare.heal.questions import questions
+from layershare.heal.relations import attention_maps, capture
+from layershare.heal.teacher import Target, Wanted, live
+from layershare.tasks import TASKS, get_task
 from layershare.tasks.encoding import pad
 
 EMBEDDING: Any = TASKS["sentence-embedding"]
 CLASSIFICATION: Any = TASKS["text-classification"]
-QUICK = DistillConfig(steps=15, batch_size=8, learning_rate=5e-3, max_length=16)
+ALL = Wanted(hidden=(0, 1, 2, 3))
+QUICK = DistillConfig(steps=6, batch_size=8, learning_rate=5e-3, max_length=16)
 
 
-@pytest.fixture
-def data(pairs_file):
-    return EMBEDDING.read(pairs_file)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 pairs of short sentences, 32 of them to train on."""
+    words = "cat dog man woman bird sits runs plays".split()  # noqa: SIM905
+    rows = [
+        f"{a} {b} on a mat{' in the park' * (a > b)},the {b} {a} {c},{len(a)}"
+        for a in words
+        for b in words[:5]
+        for c in words[:1]
+    ]
+    file = tmp_path_factory.mktemp("pairs") / "pairs.csv"
+    file.write_text("s1,s2,score\n" + "\n".join(rows) + "\n")
+    return EMBEDDING.read(file)
 
 
 @pytest.fixture
@@ -35,18 +49,30 @@ def encoded(tokenizer, data):
     return EMBEDDING.encode(tokenizer, data.train, 16)
 
 
-@pytest.fixture
-def labelled(tmp_path):
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
     words = "cat dog man woman bird sits runs plays".split()  # noqa: SIM905
     rows = [
-        {"text": f"{a} {b} {c}", "label": ["no", "yes"][(i + j + k) % 2]}
+        {"text": f"{a} {b} {c}", "label": ["no", "yes"][i < 4]}
         for i, a in enumerate(words)
-        for j, b in enumerate(words)
-        for k, c in enumerate(words[:2])
+        for b in words
+        for c in words[:2]
     ]
-    file = tmp_path / "labelled.jsonl"
+    file = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return CLASSIFICATION.read(file)
+
+
+def language_model(name, tiny, seed):
+    if name == "causal-lm":
+        return tiny("gpt2", seed=seed, n_layer=2 + 2 * (not seed))
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    return BertForMaskedLM(
+        BertConfig(vocab_size=27, max_position_embeddings=64, num_hidden_layers=2, **sizes)
+    ).eval()
 
 
 def classifier(layers=4, seed=0, names=("no", "yes"), **sizes):
@@ -73,8 +99,10 @@ def test_cached_targets_equal_live_ones(tiny, tokenizer, encoded, side, monkeypa
     monkeypatch.setattr(tokenizer, "padding_side", side)
     teacher = tiny("bert")
     inputs, rows = some_batch(tokenizer, encoded)
-    ours = cached(teacher, EMBEDDING, tokenizer, encoded, (0, 3), batch_size=7)(inputs, rows)
-    theirs = live(teacher, EMBEDDING, (0, 3))(inputs, rows)
+    ours = TeacherOutputs(
+        teacher, EMBEDDING, tokenizer, encoded, Wanted(hidden=(0, 3)), batch_size=7
+    ).in_memory()(inputs, rows)
+    theirs = live(teacher, EMBEDDING, Wanted(hidden=(0, 3)))(inputs, rows)
     mask = inputs["attention_mask"].bool()
     torch.testing.assert_close(ours.embedding, theirs.embedding, atol=1e-6, rtol=0)
     assert list(ours.hidden) == list(theirs.hidden) == [0, 3]
@@ -87,7 +115,7 @@ def test_cached_logits_equal_live_ones(tokenizer, labelled):
     teacher = classifier()
     encoded = CLASSIFICATION.encode(tokenizer, labelled.train, 16)
     inputs, rows = some_batch(tokenizer, encoded)
-    ours = cached(teacher, CLASSIFICATION, tokenizer, encoded)(inputs, rows)
+    ours = TeacherOutputs(teacher, CLASSIFICATION, tokenizer, encoded).in_memory()(inputs, rows)
     assert ours.embedding is None
     torch.testing.assert_close(
         ours.logits, live(teacher, CLASSIFICATION)(inputs, rows).logits, atol=1e-6, rtol=0
@@ -97,7 +125,9 @@ def test_cached_logits_equal_live_ones(tokenizer, labelled):
 def test_a_cache_of_some_rows_knows_only_those(tiny, tokenizer, encoded):
     teacher = tiny("bert")
     inputs, rows = some_batch(tokenizer, encoded)
-    some = cached(teacher, EMBEDDING, tokenizer, encoded, (1,), rows=[17, 3, 5, 0, 3])
+    some = TeacherOutputs(
+        teacher, EMBEDDING, tokenizer, encoded, Wanted(hidden=(1,)), rows=[17, 3, 5, 0, 3]
+    ).in_memory()
     torch.testing.assert_close(
         some(inputs, rows).embedding, live(teacher, EMBEDDING)(inputs, rows).embedding, atol=1e-6, rtol=0
     )
@@ -114,9 +144,12 @@ def test_the_teacher_is_asked_without_dropout_and_without_gradients(tiny, tokeni
     assert not first.embedding.requires_grad
 
 
-def test_cache_bytes_counts_real_tokens(encoded):
+def test_the_size_of_a_cache_counts_real_tokens(tiny, tokenizer, encoded):
     tokens = sum(map(sum, encoded["attention_mask"][:5]))
-    assert cache_bytes(encoded, [0, 1, 2, 3, 4, 4], [0, 1], 16) == 4 * 16 * (5 + 2 * tokens)
+    outputs = TeacherOutputs(
+        tiny("bert"), EMBEDDING, tokenizer, encoded, Wanted(hidden=(0, 1)), rows=[0, 1, 2, 3, 4, 4]
+    )
+    assert outputs.size == 4 * 16 * (5 + 2 * tokens)
 
 
 # ---- the terms
@@ -126,7 +159,7 @@ def test_equal_models_cost_nothing(tiny, tokenizer, encoded):
     teacher = tiny("bert")
     inputs, rows = some_batch(tokenizer, encoded)
     pairs = [(i, i) for i in range(4)]
-    target = live(teacher, EMBEDDING, range(4))(inputs, rows)
+    target = live(teacher, EMBEDDING, ALL)(inputs, rows)
     outputs = EMBEDDING.forward(teacher, inputs, hidden_states=True)
     terms = loss_terms(outputs, target, LossWeights().model_dump(), pairs)
     assert set(terms) == {"embedding", "similarity", "hidden"}
@@ -140,12 +173,12 @@ def test_padding_does_not_change_the_loss(tiny, tokenizer, encoded):
     long = {name: torch.nn.functional.pad(value, (0, 7)) for name, value in short.items()}
     totals = []
     for inputs in (short, long):
-        target = live(teacher, EMBEDDING, range(4))(inputs, torch.arange(4))
+        target = live(teacher, EMBEDDING, ALL)(inputs, torch.arange(4))
         outputs = EMBEDDING.forward(student, inputs, hidden_states=True)
         totals.append(loss_terms(outputs, target, LossWeights().model_dump(), [(i, i) for i in range(4)]))
     for name, value in totals[0].items():
         assert value.item() > 0
-        assert totals[1][name].item() == pytest.approx(value.item(), rel=1e-5)
+        assert totals[1][name].item() == pytest.approx(value.item(), rel=1e-4)
 
 
 def test_weights_multiply_and_zero_leaves_out(tokenizer, labelled):
@@ -163,11 +196,29 @@ def test_hidden_states_are_those_of_the_layer_map(tiny, tokenizer, encoded):
     model = tiny("bert")
     inputs, rows = some_batch(tokenizer, encoded)
     outputs = EMBEDDING.forward(model, inputs, hidden_states=True)
-    target = live(model, EMBEDDING, (2,))(inputs, rows)
+    target = live(model, EMBEDDING, Wanted(hidden=(2,)))(inputs, rows)
     assert loss_terms(outputs, target, {"hidden": 1}, [(2, 2)])["hidden"].item() == 0
     assert loss_terms(outputs, target, {"hidden": 1}, [(1, 2)])["hidden"].item() > 0
     # layer i writes hidden_states[i + 1]: the first entry is what the embeddings give
     assert torch.equal(target.hidden[2], outputs.hidden_states[3].detach())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_queries_keys_and_values_give_the_attention_of_the_model(kind, tiny, batch_for):
+    model = tiny(kind, attn_implementation="eager", num_hidden_layers=3)
+    batch = batch_for(kind)
+    with torch.no_grad(), capture(attention_maps(model, 1)) as caught:
+        out = model(**batch, output_attentions=True, output_hidden_states=True)
+    assert list(caught) == ["q", "k", "v"]
+    assert not any(module._forward_hooks for module in attention_maps(model, 1).values())
+    if kind == "llama":  # its keys are fewer, and turned by position afterwards
+        assert caught["k"].shape[-1] == caught["q"].shape[-1] // 2
+        return
+    q, k = (caught[name].view(2, -1, 2, 8).transpose(1, 2) for name in "qk")
+    scores = q @ k.transpose(2, 3) / 8**0.5
+    if kind == "gpt2":
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(scores.softmax(-1), out.attentions[1])
 
 
 # ---- layer maps
@@ -180,6 +231,7 @@ def test_hidden_states_are_those_of_the_layer_map(tiny, tokenizer, encoded):
         (3, 6, [(0, 1), (1, 3), (2, 5)]),
         (1, 6, [(0, 5)]),
         (2, 12, [(0, 5), (1, 11)]),
+        (6, 2, [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]),
     ],
 )
 def test_matching_layers(ours, theirs, expected):
@@ -237,39 +289,42 @@ def test_distillation_brings_the_student_nearer(tiny, tokenizer, data, tmp_path)
     teacher, student = tiny("bert"), tiny("bert", seed=1)
     before = EMBEDDING.evaluate(student, tokenizer, data.test, teacher=teacher)["agreement"]
     reference = {name: value.clone() for name, value in teacher.state_dict().items()}
-    config = QUICK.model_copy(update={"steps": 40})
+    config = QUICK.model_copy(update={"steps": 25})
     history = distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
     assert EMBEDDING.evaluate(student, tokenizer, data.test, teacher=teacher)["agreement"] > before + 0.1
-    assert history[-1]["loss"] < 0.6 * history[0]["loss"]
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
     assert {"embedding", "similarity", "hidden"} <= history[0].keys()
     assert all(torch.equal(value, reference[name]) for name, value in teacher.state_dict().items())
+    assert not any(p.grad is not None for p in teacher.parameters())
 
 
-def test_a_perfect_student_stays_as_it_is(tiny, tokenizer, data, tmp_path):
+def test_a_perfect_student_stays_as_it_is_under_every_term(tiny, tokenizer, data, tmp_path):
     teacher, student = tiny("bert"), tiny("bert")
-    config = QUICK.model_copy(update={"weight_decay": 0.0})
+    weights = LossWeights(relation=1)
+    config = QUICK.model_copy(update={"weight_decay": 0.0, "weights": weights, "steps": 2})
     history = distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    assert {"embedding", "similarity", "hidden", "relation"} <= history[0].keys()
     # Cached targets differ from live ones by rounding, and Adam makes a step of any gradient.
-    assert history[0]["loss"] < 1e-9
+    assert abs(history[0]["loss"]) < 1e-6
 
 
 def test_cached_and_live_teachers_train_alike(tiny, tokenizer, data, tmp_path):
     losses = []
     for name, megabytes in (("cached", 4096), ("live", 0)):
         config = QUICK.model_copy(update={"cache_mb": megabytes, "batch_size": 32})
-        student = tiny("bert", seed=1)
+        student = tiny("bert", seed=1, num_hidden_layers=2)
         history = distill(
             student, tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path / name, quiet=True
         )
         losses.append([entry["loss"] for entry in history])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_classification_is_learnt_from_logits(tokenizer, labelled, tmp_path):
     teacher, student = classifier(), classifier(layers=2, seed=1)
     with torch.no_grad():
         teacher.classifier.weight.mul_(50)  # so that it says both labels
-    config = QUICK.model_copy(update={"steps": 60, "learning_rate": 1e-2})
+    config = QUICK.model_copy(update={"steps": 40, "learning_rate": 1e-2})
     history = distill(student, teacher, tokenizer, CLASSIFICATION, labelled, config, tmp_path, quiet=True)
     assert {"logits", "hidden"} <= history[0].keys()
     assert history[-1]["logits"] < 0.5 * history[0]["logits"]
@@ -278,17 +333,75 @@ def test_classification_is_learnt_from_logits(tokenizer, labelled, tmp_path):
 def test_a_student_with_fewer_layers(tiny, tokenizer, data, tmp_path):
     teacher, student = tiny("bert"), tiny("bert", num_hidden_layers=2)
     options: dict[str, Any] = {"layer_map": kept_layers([0, 2], 4), "quiet": True}
-    assert distill(student, teacher, tokenizer, EMBEDDING, data, QUICK, tmp_path / "a", **options)
-    assert distill(student, teacher, tokenizer, EMBEDDING, data, QUICK, tmp_path / "b", quiet=True)
+    assert distill(student, teacher, tokenizer, EMBEDDING, data, QUICK, tmp_path, **options)
+
+
+def test_a_narrower_student_learns_through_maps_that_are_thrown_away(tiny, tokenizer, data, tmp_path):
+    teacher, student = tiny("bert"), tiny("bert", hidden_size=8, num_hidden_layers=2, intermediate_size=16)
+    names = set(student.state_dict())
+    weights = LossWeights(embedding=0, similarity=0, relation=1)
+    config = QUICK.model_copy(update={"weights": weights, "steps": 12, "save_every": 6, "ema_decay": 0.5})
+    history = distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    assert history[-1]["hidden"] < history[0]["hidden"]
+    assert set(student.state_dict()) == names
+    # They are part of the checkpoints, so the run goes on from one, to the same end.
+    again = tiny("bert", hidden_size=8, num_hidden_layers=2, intermediate_size=16)
+    shutil.rmtree(tmp_path / "checkpoints/checkpoint-12")
+    distill(again, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_labels_are_learnt_beside_the_teacher(tokenizer, labelled, tmp_path):
+    teacher, student = classifier(), classifier(layers=2, seed=1)
+    weights = LossWeights(hidden=0, logits=0, labels=1)
+    config = QUICK.model_copy(update={"weights": weights, "steps": 60, "train_embeddings": True})
+    history = distill(student, teacher, tokenizer, CLASSIFICATION, labelled, config, tmp_path, quiet=True)
+    assert set(history[0]) & {"logits", "hidden", "labels"} == {"labels"}
+    assert history[-1]["labels"] < 0.85 * history[0]["labels"]
+
+
+def test_equal_texts_with_different_labels_have_none(tokenizer, tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("text,label\na cat,yes\na dog,no\na cat,no\na dog,no\n")
+    data: Any = CLASSIFICATION.read(file, split=(1, 0, 0))
+    rows, labels = questions(CLASSIFICATION, tokenizer, data, classifier().config, QUICK)
+    assert len(rows) == 2
+    assert labels == [-100, 0]
+
+
+@pytest.mark.parametrize("name", ["masked-lm", "causal-lm"])
+def test_language_models_are_compared_token_by_token(name, tiny, tokenizer, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(
+        "\n\n".join(f"the cat sits on a {w} mat in the park" for w in ["red", "blue", "big"] * 12)
+    )
+    task = get_task(name)
+    data = task.read(file)
+    teacher, student = (language_model(name, tiny, seed) for seed in (0, 1))
+    weights = LossWeights(labels=0.1)
+    config = QUICK.model_copy(update={"weights": weights, "train_embeddings": True, "top_k": 5})
+    history = distill(student, teacher, tokenizer, task, data, config, tmp_path / "run", quiet=True)
+    assert {"logits", "labels", "hidden"} <= history[0].keys()
+    assert history[-1]["loss"] < history[0]["loss"]
+    rows, labels = questions(task, tokenizer, data, teacher.config, config)
+    asked: Any = torch.tensor(labels[0]) != -100  # type: ignore[index]
+    if name == "causal-lm":
+        assert labels[0][:-1] == rows[0]["input_ids"][1:]  # type: ignore[index]
+    else:
+        assert 0 < asked.sum() < len(asked)
+        assert (
+            questions(task, tokenizer, data, teacher.config, config)[1] == labels
+        )  # drawn once, from the seed
 
 
 @pytest.mark.parametrize("augment", [0.0, 0.3])
 def test_an_interrupted_distillation_ends_with_the_same_bits(
     tiny, tokenizer, data, tmp_path, augment, monkeypatch
 ):
-    config = QUICK.model_copy(update={"augment": augment, "save_every": 5, "dropout": True})
-    whole, parts = tiny("bert", seed=1), tiny("bert", seed=1)
-    distill(whole, tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path / "whole", quiet=True)
+    config = QUICK.model_copy(update={"augment": augment, "save_every": 3, "dropout": True})
+    sizes: dict[str, Any] = {"seed": 1, "num_hidden_layers": 2}
+    whole, parts, teacher = tiny("bert", **sizes), tiny("bert", **sizes), tiny("bert", num_hidden_layers=2)
+    distill(whole, teacher, tokenizer, EMBEDDING, data, config, tmp_path / "whole", quiet=True)
 
     class StoppedError(Exception):
         pass
@@ -300,7 +413,7 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(
 
     def failing(*args):
         calls.append(1)
-        if len(calls) == 8:
+        if len(calls) == 5:
             raise StoppedError
         return real(*args)
 
@@ -308,10 +421,8 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(module, "loss_terms", failing)
         with pytest.raises(StoppedError):
-            distill(
-                tiny("bert", seed=1), tiny("bert"), tokenizer, EMBEDDING, data, config, folder, quiet=True
-            )
-    distill(parts, tiny("bert"), tokenizer, EMBEDDING, data, config, folder, quiet=True)
+            distill(tiny("bert", **sizes), teacher, tokenizer, EMBEDDING, data, config, folder, quiet=True)
+    distill(parts, teacher, tokenizer, EMBEDDING, data, config, folder, quiet=True)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in parts.state_dict().items())
 
 
@@ -319,38 +430,72 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(
 def test_embedding_tables_move_only_when_asked(tiny, tokenizer, data, tmp_path, train_embeddings):
     student = tiny("bert", seed=1)
     before = student.embeddings.word_embeddings.weight.detach().clone()
-    config = QUICK.model_copy(update={"train_embeddings": train_embeddings})
+    config = QUICK.model_copy(update={"train_embeddings": train_embeddings, "steps": 2})
     distill(student, tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
     assert torch.equal(student.embeddings.word_embeddings.weight, before) is not train_embeddings
     assert all(p.requires_grad for p in student.parameters())
 
 
 def test_dropout_is_off_unless_asked_for(tiny, tokenizer, data, tmp_path):
-    losses = []
-    for name, dropout in (("off", False), ("on", True)):
-        config = QUICK.model_copy(update={"steps": 2, "dropout": dropout, "train_embeddings": True})
-        student = tiny("bert")
-        history = distill(
-            student, tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path / name, quiet=True
-        )
-        losses.append(history[0]["loss"])
-    assert losses[0] < 1e-9 < 1e-3 < losses[1]
+    config = QUICK.model_copy(update={"steps": 1, "dropout": True, "train_embeddings": True})
+    history = distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    assert history[0]["loss"] > 1e-3  # and without: see the perfect student
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
+    tiny, tokenizer, data, tmp_path, monkeypatch
+):
+    import layershare.heal.distill as module
+
+    real, calls = module.loss_terms, []
+
+    def spoilt(*args):
+        calls.append(1)
+        terms = real(*args)
+        return terms if len(calls) <= 4 else {**terms, "hidden": terms["hidden"] * float("nan")}
+
+    monkeypatch.setattr(module, "loss_terms", spoilt)
+    config = QUICK.model_copy(update={"save_every": 2})
+    with pytest.raises(TrainingError, match=r"step 5 \(term: hidden\).*Lower learning_rate.*kept in"):
+        distill(tiny("bert", seed=1), tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    good = load_file(tmp_path / "checkpoints/checkpoint-4/model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in good.values())
 
 
 # ---- things that do not fit
 
 
 def test_no_training_data(tiny, tokenizer, data, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(DataError, match="no training data"):
         distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, replace(data, train=None), QUICK, tmp_path)
 
 
-def test_hidden_sizes_must_agree_for_the_hidden_term(tiny, tokenizer, data, tmp_path):
+def test_embeddings_of_different_width_cannot_be_compared(tiny, tokenizer, data, tmp_path):
     student = tiny("bert", hidden_size=8)
-    with pytest.raises(ModelError, match=r"student 8, teacher 16.*weights\.hidden to 0"):
+    with pytest.raises(ModelError, match=r"student 8, teacher 16.*weights\.embedding to 0"):
         distill(student, tiny("bert"), tokenizer, EMBEDDING, data, QUICK, tmp_path, quiet=True)
+
+
+def test_models_with_other_vocabularies(tiny, tokenizer, data, tmp_path):
+    with pytest.raises(ModelError, match=r"vocabularies differ: the student has 40 tokens, the teacher 27"):
+        distill(tiny("bert", vocab_size=40), tiny("bert"), tokenizer, EMBEDDING, data, QUICK, tmp_path)
+    small = tiny("bert", vocab_size=20)
+    with pytest.raises(ModelError, match="tokenizer has 27 tokens, the models 20"):
+        distill(small, small, tokenizer, EMBEDDING, data, QUICK, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokenizers_that_give_other_ids():
+    class Words:
+        def __init__(self, *words):
+            self.words = words
+
+        def get_vocab(self):
+            return {word: i for i, word in enumerate(self.words)}
+
+    check_tokenizers(Words("a", "b"), Words("a", "b"))
+    with pytest.raises(ModelError, match=r"differ in 2 tokens \(one is 'a'\)"):
+        check_tokenizers(Words("b", "a"), Words("a", "b"))
 
 
 def test_a_layer_map_must_name_layers_that_are_there(tiny, tokenizer, data, tmp_path):
@@ -362,6 +507,67 @@ def test_a_teacher_with_other_labels(tokenizer, labelled, tmp_path):
     teacher, student = classifier(names=("good", "bad")), classifier()
     with pytest.raises(DataError, match="not one of the model's: good, bad"):
         distill(student, teacher, tokenizer, CLASSIFICATION, labelled, QUICK, tmp_path)
+    with pytest.raises(
+        ModelError, match="The labels differ: the student's are yes, no, the teacher's no, yes"
+    ):
+        distill(
+            classifier(names=("yes", "no")),
+            classifier(),
+            tokenizer,
+            CLASSIFICATION,
+            labelled,
+            QUICK,
+            tmp_path,
+        )
+    with pytest.raises(ModelError, match="The student has 3 labels, the teacher 2"):
+        distill(
+            classifier(names=("no", "yes", "so")),
+            classifier(),
+            tokenizer,
+            CLASSIFICATION,
+            labelled,
+            QUICK,
+            tmp_path,
+        )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0},
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"lambda_mse": -0.1},
+        {"lambda_mse": math.inf},
+        {"weights": {"labels": -1}},
+        {"weights": {"hidden": math.nan}},
+        {"augment": 1},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(wrong):
+    name = next(iter(wrong))
+    with pytest.raises(OptionError, match=f"{name}.*given"):
+        DistillConfig.parse(wrong)
+
+
+def test_labels_that_are_not_there(tiny, tokenizer, labelled, tmp_path):
+    without = replace(labelled, train=labelled.train.remove_columns("label"))
+    config = QUICK.model_copy(update={"weights": LossWeights(labels=1)})
+    with pytest.raises(OptionError, match=r"weights\.labels is 1, but text-classification has no labels"):
+        distill(classifier(), classifier(), tokenizer, CLASSIFICATION, without, config, tmp_path)
+
+
+def test_relations_that_cannot_be(tiny, tokenizer, data, tmp_path):
+    def attempt(**settings):
+        config = QUICK.model_copy(update={"weights": LossWeights(relation=1), **settings})
+        distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path)
+
+    with pytest.raises(OptionError, match="relation_heads 3 does not divide the student's hidden size 16"):
+        attempt(relation_heads=3)
+    with pytest.raises(OptionError, match="relation_layer 4: the teacher has the layers 0 to 3"):
+        attempt(relation_layer=4)
 
 
 def test_no_loss_left(tiny, tokenizer, data, tmp_path):

@@ -17,9 +17,9 @@ ROOMS = (
     ("plan", "presets", "result"),
     ("linear", "stacks", "sharing.merge", "sharing.lowrank", "heal.losses"),
     ("sharing",),
-    ("adapt", "heal", "store", "measure", "analyse", "tasks", "train"),
+    ("adapt", "architectures", "heal", "prune", "store", "measure", "analyse", "tasks", "train"),
     ("export", "report"),
-    ("compress", "recipe", "demo"),
+    ("compress", "recipe", "demo", "pretrain", "finetune"),
     ("cli", "__main__", ""),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -11,7 +11,7 @@ from torch import Tensor
 from layershare.heal import losses
 
 VECTOR_LOSSES = [losses.embedding_cosine, losses.embedding_mse, losses.similarity]
-MASKED_LOSSES = [losses.soft_kl, losses.logit_mse, losses.soft_and_hard, losses.hidden_mse]
+MASKED_LOSSES = [losses.soft_kl, losses.logit_mse, losses.match_logits, losses.hidden_mse]
 ALL = VECTOR_LOSSES + MASKED_LOSSES
 
 
@@ -103,10 +103,115 @@ def test_kl_survives_extreme_logits():
     assert torch.isfinite(student.grad).all()
 
 
-def test_soft_and_hard_is_half_the_weighted_sum():
+def test_match_logits_is_half_the_weighted_sum():
     student, teacher = draw(4, 3), draw(4, 3, seed=1)
     expected = (losses.soft_kl(student, teacher, 2.0) + 0.3 * (student - teacher).square().mean()) / 2
-    assert losses.soft_and_hard(student, teacher, 2.0, 0.3).item() == pytest.approx(expected.item())
+    assert losses.match_logits(student, teacher, 2.0, 0.3).item() == pytest.approx(expected.item())
+
+
+def test_the_loss_of_the_mission_is_n_times_ours():
+    # L = 1/2 sum(KL(p || q) T^2 + lambda MSE(z_t, z_s)), written out for each of n entries.
+    student, teacher, t, weight = draw(5, 3), draw(5, 3, seed=1), 3.0, 0.7
+    total = 0.0
+    for ours, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
+        q, p = ([math.exp(z / t) / sum(math.exp(o / t) for o in row) for z in row] for row in (ours, theirs))
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) * t**2
+        total += weight * sum((a - b) ** 2 for a, b in zip(ours, theirs, strict=True)) / 3
+    assert 5 * losses.match_logits(student, teacher, t, weight).item() == pytest.approx(total / 2)
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+def test_what_circulating_examples_compute_is_something_else():
+    student, teacher = draw(5, 3), draw(5, 3, seed=1)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    ours = losses.soft_kl(student, teacher).item()
+    kl_div = torch.nn.functional.kl_div
+    assert kl_div(q.log(), p, reduction="batchmean").item() == pytest.approx(ours)
+    assert abs(kl_div(q, p, reduction="batchmean").item() - ours) > 0.1  # probabilities for log-probabilities
+    assert abs(kl_div(p, p, reduction="batchmean").item()) > 0.1  # which is not 0 for equal models
+    assert abs(kl_div(p.log(), q, reduction="batchmean").item() - ours) > 0.01  # arguments swapped
+    assert kl_div(q.log(), p, reduction="mean").item() == pytest.approx(ours / 3)  # divided by C as well
+
+
+def test_all_logits_kept_are_all_logits():
+    student, teacher = draw(4, 6), draw(4, 6, seed=1)
+    whole = losses.match_logits(student, teacher, 2.0, 0.5)
+    assert losses.match_logits(student, losses.keep_top(teacher, 6, 2.0), 2.0, 0.5).item() == pytest.approx(
+        whole.item()
+    )
+
+
+def test_top_logits_see_the_others_as_one():
+    student, teacher = draw(4, 6), draw(4, 6, seed=1)
+    kept = losses.keep_top(teacher, 2, 2.0)
+    p, q = (x.div(2).softmax(-1) for x in (teacher, student))
+    p2, q2 = (x.gather(-1, kept.indices) for x in (p, q))
+    p3, q3 = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p2, q2))
+    expected = (p3 * (p3 / q3).log()).sum(-1).mean() * 4 / 2
+    ours = losses.match_logits(student, kept, 2.0, 0.0)
+    assert ours.item() == pytest.approx(expected.item())
+    assert 0 < ours.item() < losses.match_logits(student, teacher, 2.0, 0.0).item()
+    x = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: losses.match_logits(x, kept, 2.0, 0.5), (x,))
+    same = losses.match_logits(teacher.float(), losses.keep_top(teacher.float(), 2, 2.0), 2.0)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("junk", [0.0, float("inf"), float("nan")])
+def test_top_logits_of_padding_do_not_count(junk):
+    student, teacher = draw(2, 3, 5), draw(2, 3, 5, seed=1)
+    expected = losses.match_logits(student, losses.keep_top(teacher, 2))
+    long = torch.cat([student, torch.full((2, 2, 5), junk, dtype=torch.float64)], 1).requires_grad_()
+    padded = torch.cat([teacher, torch.zeros(2, 2, 5, dtype=torch.float64)], 1)
+    mask = torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    loss = losses.match_logits(long, losses.keep_top(padded, 2), mask=mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item())
+    assert not long.grad[:, 3:].any()  # type: ignore[index]
+
+
+def test_label_cross_entropy_counts_the_labelled_entries_alone():
+    logits, labels = draw(2, 3, 4), torch.tensor([[1, -100, 0], [-100, -100, 3]])
+    log = logits.log_softmax(-1)
+    expected = -(log[0, 0, 1] + log[0, 2, 0] + log[1, 2, 3]) / 3
+    assert losses.label_ce(logits, labels).item() == pytest.approx(expected.item())
+    nothing = losses.label_ce(logits.requires_grad_(), torch.full((2, 3), -100))
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_relation_by_hand():
+    student, teacher = draw(1, 3, 4), draw(1, 3, 6, seed=1)
+    total = 0.0
+    for head in range(2):
+        a, b = student[0, :, 2 * head : 2 * head + 2], teacher[0, :, 3 * head : 3 * head + 3]
+        q, p = (a @ a.T / 2**0.5).softmax(-1), (b @ b.T / 3**0.5).softmax(-1)
+        total += float((p * (p / q).log()).sum())
+    assert losses.relation(student, teacher, 2).item() == pytest.approx(total / 6)
+
+
+def test_relation_of_equals_and_its_gradient():
+    student, teacher = draw(2, 3, 4), draw(2, 3, 4, seed=1)
+    assert losses.relation(teacher, teacher.clone(), 2).item() == 0
+    x = student.requires_grad_()
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    assert torch.autograd.gradcheck(lambda x: losses.relation(x, teacher, 2, mask), (x,))
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e6, float("inf"), float("nan")])
+def test_padding_is_no_part_of_a_relation(junk):
+    student, teacher = draw(2, 3, 4), draw(2, 3, 4, seed=1)
+    short: Any = student.clone().requires_grad_()
+    expected = losses.relation(short, teacher, 2)
+    expected.backward()
+    pad = torch.full((2, 5, 4), junk, dtype=torch.float64)
+    long: Any = torch.cat([student, pad], dim=1).requires_grad_()
+    mask = torch.tensor([[1] * 3 + [0] * 5] * 2)
+    padded = losses.relation(long, torch.cat([teacher, pad], dim=1), 2, mask)
+    padded.backward()
+    assert padded.item() == pytest.approx(expected.item())
+    torch.testing.assert_close(long.grad[:, :3], short.grad)
+    assert not long.grad[:, 3:].any()
 
 
 def test_hidden_mse_is_relative_to_the_teacher():

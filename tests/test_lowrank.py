@@ -63,10 +63,20 @@ def test_no_step_in_any_direction_makes_the_truncation_better():
             assert error(weight, other @ third, gram) > best
 
 
-def test_factors_are_balanced():
-    (weight,) = weights_of(1)
-    up, down = truncate(weight, 3)
-    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_factors_are_balanced_whatever_the_scale_of_the_inputs(scale):
+    weights = weights_of(2)
+    grams = [gram_of(6, seed) * scale for seed in range(2)]
+    ups, down = shared_input(weights, 3, grams)
+    torch.testing.assert_close(torch.cat(ups).square().mean(), down.square().mean())
+    up, downs = shared_output(weights, 3, grams)
+    torch.testing.assert_close(up.square().mean(), torch.cat(downs, dim=1).square().mean())
+
+
+def test_a_residual_of_zero_leaves_one_factor_that_can_learn():
+    up, down = truncate(torch.zeros(7, 6), 3, gram_of(6, 0))
+    assert float(up.abs().max()) == 0
+    assert float(down.abs().min(dim=1).values.max()) > 0
 
 
 @pytest.mark.parametrize("seen", [False, True])

@@ -308,7 +308,7 @@ def test_modules_that_see_nothing_are_named(tiny, batches, words):
         (lambda: one_of(groups=[Group(positions=(0, 1), parts=("ffn",), rank=16)]), "rank 16 is not below"),
         (lambda: one_of(groups=[Group(positions=(0, 1), parts=("ffn",), rank=16)]), "at most 15"),
         (lambda: one_of(groups=[Group(positions=(0, 1), merge="regmean")]), "'regmean' of encoder.layer.0.attention"),
-        (lambda: SharingPlan(stacks=(one_of().stacks[0], one_of(name="bert.encoder.layer").stacks[0])), "planned twice"),
+        (lambda: SharingPlan(stacks=one_of().stacks + one_of(name="bert.encoder.layer").stacks), "planned twice"),
     ],
 )  # fmt: skip
 def test_plans_that_do_not_fit(tiny, make, words):

@@ -106,6 +106,15 @@ def test_what_is_no_stack(children):
         find_stacks(nn.ModuleDict({"blocks": nn.ModuleList(children)}))
 
 
+def test_layers_of_equal_shapes_and_different_classes_are_not_alike():
+    class Other(nn.Sequential):
+        pass
+
+    layers = [kind(nn.Linear(2, 2), nn.Linear(2, 2)) for kind in (nn.Sequential, Other)]
+    with pytest.raises(ModelError, match="no repeated layers"):
+        find_stacks(nn.ModuleDict({"blocks": nn.ModuleList(layers)}))
+
+
 def test_albert_is_told_to_be_shared_already():
     sizes = dict(hidden_size=8, embedding_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
     model = AlbertModel(AlbertConfig(num_hidden_layers=3, **sizes))

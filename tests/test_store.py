@@ -49,6 +49,7 @@ def test_save_load_save(tiny, batch_for, tmp_path, kind, name, embeddings):
         assert plan_of(again) == plan
         assert not again.training
     again.save_pretrained(second)
+    assert {file.name for file in second.iterdir()} == {file.name for file in first.iterdir()}
     for file in sorted(path.name for path in first.iterdir()):
         assert (second / file).read_bytes() == (first / file).read_bytes(), file
     size = (first / "model.safetensors").stat().st_size
@@ -217,12 +218,12 @@ def test_pickles_are_refused(folder):
 
 
 CONFIGS = {
-    "another depth": (PlanError, "'encoder.layer' has 6 layers, the plan is for 3", lambda c: c.update(num_hidden_layers=6)),
-    "no plan": (StoreError, "no plan", lambda c: c["quantization_config"].pop("plan")),
-    "an empty plan": (StoreError, "no plan", lambda c: c["quantization_config"].update(plan={})),
-    "newer": (PlanError, "format version 9", lambda c: c["quantization_config"]["plan"].update(version=9)),
-    "misspelt": (PlanError, r"config.json.*'stakcs'.*'stacks'", lambda c: c["quantization_config"]["plan"].update(stakcs=[])),
-    "another stack": (PlanError, "no stack 'layers'", lambda c: c["quantization_config"]["plan"]["stacks"][0].update(name="layers")),
+    "another depth": (PlanError, "has 6 layers, the plan is for 3", lambda c, _: c.update(num_hidden_layers=6)),
+    "no plan": (StoreError, "no plan", lambda _, q: q.pop("plan")),
+    "an empty plan": (StoreError, "no plan", lambda _, q: q.update(plan={})),
+    "newer": (PlanError, "format version 9", lambda _, q: q["plan"].update(version=9)),
+    "misspelt": (PlanError, r"config.json.*'stakcs'.*'stacks'", lambda _, q: q["plan"].update(stakcs=[])),
+    "another stack": (PlanError, "no stack 'layers'", lambda _, q: q["plan"]["stacks"][0].update(name="layers")),
 }  # fmt: skip
 
 
@@ -230,10 +231,25 @@ CONFIGS = {
 def test_a_wrong_config_is_named(folder, what):
     error, words, change = CONFIGS[what]
     config = json.loads((folder / "config.json").read_text())
-    change(config)
+    change(config, config["quantization_config"])
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=words):
         load(folder)
+
+
+def test_every_way_to_save_sets_the_trap(folder, tmp_path):
+    again = load(folder)
+    again.config.save_pretrained(tmp_path / "config of a model")
+    again.config.save_pretrained(tmp_path / "and again")
+    transformers.AutoConfig.from_pretrained(folder).save_pretrained(tmp_path / "config alone")
+    again.save_pretrained(tmp_path / "model")
+    layershare.unshare(again).config.save_pretrained(tmp_path / "unshared with gates")
+    for config in tmp_path.glob("*/config.json"):
+        assert json.loads(config.read_text())["transformers_weights"].startswith(
+            "this-model-needs--import-layershare"
+        )
+    assert len(list(tmp_path.glob("*/config.json"))) == 5
+    assert "transformers_weights" not in again.config.to_dict()
 
 
 def test_nothing_is_logged_about_a_good_folder(folder, caplog):

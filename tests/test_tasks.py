@@ -266,9 +266,38 @@ def test_a_test_file_is_kept_whole_and_out_of_training(write):
     assert any("2 of 100 rows" in note for note in data.notes)
 
 
+@pytest.mark.parametrize("tested", [True, False])
+def test_no_text_is_in_two_parts_when_they_have_files_of_their_own(write, tested):
+    data = EMBEDDING.read(
+        write("x.csv", "text\n" + "\n".join(f"text {i}" for i in range(40)) + "\n"),
+        validation=write("v.csv", "s1,s2,score\nText 3,v one,1\nv two,t two,2\nv three,v four,3\n"),
+        test=write("t.csv", "s1,s2,score\ntext 4,T  two,1\nt three,t four,2\n") if tested else (),
+    )
+    texts = {
+        name: {
+            text_key(text)
+            for column in ("text", "text_pair")
+            if column in part.column_names
+            for text in part[column]
+        }
+        for name, part in data.splits.items()
+    }
+    assert not texts["train"] & texts["validation"]
+    assert not texts["train"] & texts["test"]
+    assert not texts["validation"] & texts["test"]
+    if tested:
+        assert data.sizes == {"train": 38, "validation": 2, "test": 2}
+        assert any("1 of 3 validation rows of" in note and "v.csv" in note for note in data.notes)
+        assert any("1 of 40 rows of" in note and "test data" in note for note in data.notes)
+    else:
+        assert data.sizes == {"train": 35, "validation": 3, "test": 4}  # a part is held out for the test
+    assert any("rows of" in note and "validation data" in note for note in data.notes)
+    assert [file[-5:] for file in data.files] == ["x.csv", "v.csv", "t.csv"][: 2 + tested]
+
+
 def test_a_test_file_equal_to_the_data_leaves_nothing(write):
     file = write("x.csv", "text\na\nb\n")
-    with pytest.raises(DataError, match="Every row"):
+    with pytest.raises(DataError, match=r"All 2 rows of .*x\.csv share a text with the test data"):
         EMBEDDING.read(file, test=file)
 
 
@@ -451,15 +480,18 @@ def test_batches_give_every_row_once_longest_first(tokenizer):
     assert [batch["input_ids"].shape[1] for _, batch in seen] == [9, 5, 1]
 
 
-def test_padding_keeps_to_the_tokenizers_side(tokenizer):
+def test_padding_is_on_the_right_also_where_the_tokenizer_pads_left(tiny, tokenizer):
     import copy
 
     left = copy.copy(tokenizer)
     left.padding_side = "left"
     rows = [{"input_ids": [5, 6], "attention_mask": [1, 1]}, {"input_ids": [7], "attention_mask": [1]}]
-    assert pad(left, rows)["input_ids"].tolist() == [[5, 6], [0, 7]]
-    assert pad(left, rows)["attention_mask"].tolist() == [[1, 1], [0, 1]]
-    assert pad(tokenizer, rows)["input_ids"].tolist() == [[5, 6], [7, 0]]
+    for one in (left, tokenizer):
+        assert pad(one, rows)["input_ids"].tolist() == [[5, 6], [7, 0]]
+        assert pad(one, rows)["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    # What a model with learned positions says of a text does not depend on the texts beside it.
+    texts, model = ["a cat", "the man plays a big guitar"], tiny("bert")
+    torch.testing.assert_close(embed(model, left, texts), embed(model, left, texts, batch_size=1))
 
 
 def test_usable_length_is_the_smallest_limit(tokenizer, tiny):

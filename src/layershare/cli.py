@@ -70,6 +70,45 @@ def verb(function: Callable[..., Shown]) -> Callable[..., Shown]:
 
 
 @verb
+def pretrain(
+    model: opt.Start, *, data: opt.Texts, out: opt.Out, validation: opt.Validation = None, column: opt.Column = None,
+    tokenizer: opt.Tokenizer = None, objective: opt.Objective = "auto", block_size: opt.BlockSize = 128,
+    size: opt.Size = None, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent", unique: opt.Unique = None,
+    budget: opt.MaybeBudget = None, steps: opt.TrainSteps = None, seed: opt.Seed = 0, settings: opt.Set = None,
+    anew: opt.Anew = False,
+) -> Shown:  # fmt: skip
+    """Train a language model on running text, shared from the start or not. Run again, it goes on where it stopped."""
+    from layershare.pretrain import PretrainConfig, pretrain
+
+    own = {"objective": objective, "block_size": block_size, "seed": seed} | (
+        {"steps": steps} if steps else {}
+    )
+    result = pretrain(
+        model, data, out, validation=validation, tokenizer=tokenizer, columns=_columns(column), resume=not anew,
+        overrides=_values(size, "--size"), plan=_from_the_start(plan, preset, unique, budget),
+        config=PretrainConfig.parse(own | _values(settings, "--set")),
+    )  # fmt: skip
+    return Shown(f"{result.table()}\n\nSaved in {out}", result.model_dump(mode="json"))
+
+
+@verb
+def finetune(
+    model: opt.Model, *, data: opt.Data, out: opt.Out, task: opt.Task = "text-classification", test: opt.Test = None,
+    validation: opt.Validation = None, column: opt.Column = None, new_head: opt.NewHead = False,
+    steps: opt.TrainSteps = None, seed: opt.Seed = 0, settings: opt.Set = None, anew: opt.Anew = False,
+) -> Shown:  # fmt: skip
+    """Train a model on labelled data, stop early, keep the best. Run again, it goes on where it stopped."""
+    from layershare.finetune import FinetuneConfig, finetune
+
+    own = {"seed": seed} | ({"steps": steps} if steps else {})
+    result = finetune(
+        model, data, out, task=task, validation=validation, test=test, columns=_columns(column), new_head=new_head,
+        config=FinetuneConfig.parse(own | _values(settings, "--set")), resume=not anew,
+    )  # fmt: skip
+    return Shown(f"{result.table()}\n\nSaved in {out}", result.model_dump(mode="json"))
+
+
+@verb
 def compress(
     model: opt.Model, *, task: opt.Task, data: opt.Data, out: opt.Out, test: opt.Test = None,
     validation: opt.Validation = None, column: opt.Column = None, budget: opt.Budget = 0.5,
@@ -132,14 +171,53 @@ def share(
 def distill(
     student: opt.Model, *, teacher: opt.Teacher, task: opt.Task, data: opt.Data, out: opt.Out,
     column: opt.Column = None, steps: opt.Steps = None, seed: opt.Seed = 0,
+    cache: opt.TeacherCache = None,
 ) -> Shown:  # fmt: skip
     """Train a shared model to do what the original does. Run again, it goes on where it stopped."""
     from layershare.heal.distill import DistillConfig
     from layershare.heal.folder import heal_folder
 
     config = DistillConfig.parse({"seed": seed} | ({} if steps is None else {"steps": steps}))
-    history = heal_folder(student, teacher, task, data, out, columns=_columns(column), config=config)
+    columns = _columns(column)
+    history = heal_folder(student, teacher, task, data, out, columns=columns, config=config, cache=cache)
     return Shown(f"{history[-1]}\nSaved in {out}", {"out": str(out), "history": history})
+
+
+@verb
+def adapt(
+    model: opt.Model, *, task: opt.Task, data: opt.Data, out: opt.Out, method: opt.Method = "lora",
+    per_group: opt.PerGroup = False, teacher: opt.MaybeTeacher = None, column: opt.Column = None,
+    steps: opt.Steps = None, seed: opt.Seed = 0,
+) -> Shown:  # fmt: skip
+    """Train small modules on a frozen model, shared or not. Saves a PEFT adapter folder."""
+    from layershare.adapt.folder import AdaptConfig, MatchConfig, adapt_folder
+
+    share = "group" if per_group else "position"
+    config = AdaptConfig.parse({"method": method, "share": share, "seed": seed})
+    training = MatchConfig.parse({"seed": seed} | ({} if steps is None else {"steps": steps}))
+    names = _columns(column)
+    history = adapt_folder(
+        model, task, data, out, config=config, training=training, teacher=teacher, columns=names
+    )
+    return Shown(f"{history[-1]}\nSaved in {out}", {"out": str(out), "history": history})
+
+
+@verb
+def prune(
+    model: opt.Model, *, what: opt.PruneWhat, out: opt.Out, amount: opt.Amount = None, by: opt.PruneBy = "magnitude",
+    pattern: opt.Pattern = None, threshold: opt.Threshold = None, keep_shape: opt.KeepShape = False,
+    task: opt.MaybeTask = None, data: opt.PruneData = None, column: opt.Column = None, teacher: opt.Guide = None,
+) -> Shown:  # fmt: skip
+    """Cut positions, heads, neurons or single weights. Shared weights are cut once and stay shared."""
+    from layershare.prune.config import PruneConfig
+    from layershare.prune.folder import prune_folder
+
+    amount = amount if amount is None or amount % 1 else int(amount)
+    given = {"amount": amount, "pattern": pattern, "threshold": threshold, "keep_shape": keep_shape}
+    config = PruneConfig.parse({"what": what, "by": by} | given)
+    roles = _columns(column)
+    account = prune_folder(model, config, out, task=task, data=data or (), teacher=teacher, columns=roles)
+    return Shown(f"{account}\nSaved in {out}", {"out": str(out), "account": account.to_dict()})
 
 
 @verb
@@ -166,6 +244,17 @@ def report(folder: opt.Folder) -> Shown:
 
     written = [str(file) for file in write(folder)]
     return Shown("\n".join(written), {"written": written})
+
+
+@verb
+def architectures(*, out: opt.PageOut = None, laws: opt.Laws = None) -> Shown:
+    """Find the stacks of every model type that the installed transformers knows. Takes minutes, reads no weights."""
+    from layershare.architectures import table, write
+
+    made = table(laws=laws, progress=_note)
+    if out is not None:
+        write(out, made)
+    return Shown(made.text(), made.to_dict())
 
 
 @verb
@@ -239,6 +328,32 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
                 f"--column {pair} is not of the form ROLE=NAME.", "For example: --column text=review"
             )
     return dict(pair.split("=", 1) for pair in pairs) if pairs else None
+
+
+def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """``["hidden_size=64"]`` -> ``{"hidden_size": 64}``; what is not JSON is a text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise OptionError(f"{option} {pair} is not of the form KEY=VALUE.")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _from_the_start(plan: Path | None, preset: str, unique: int | None, budget: float | None) -> Any:
+    """A plan, or what makes one of a fresh model; None where nothing is to be shared."""
+    from layershare import SharingPlan
+    from layershare.presets import FIXED
+
+    if plan is not None:
+        return SharingPlan.load(plan)
+    if unique is None and budget is None and preset not in FIXED:
+        return None
+    return {"preset": preset, "unique": unique, "budget": budget}
 
 
 def _note(text: str) -> None:

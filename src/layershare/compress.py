@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from layershare import __version__, report
 from layershare.errors import OptionError, StoreError
-from layershare.heal.distill import DistillConfig, distill
+from layershare.heal.config import DistillConfig
+from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
 from layershare.measure import compare, machine
 from layershare.plan import SharingPlan
@@ -56,10 +56,10 @@ def compress(
     """Compress ``model`` for ``task`` into the folder ``out``, and return what was reached.
 
     model: folder or hub name. data, test, validation: files, see :mod:`layershare.tasks`; without a test file a part of
-    the data is held out. budget: the most layer parameters to store, as a fraction of the original's. plan: a plan file,
-    instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, or ``auto``). baseline: ``drop`` also makes a
-    layer-dropped model of at most equal size, healed alike. steps: of healing, default those of
-    :class:`~layershare.heal.distill.DistillConfig`.
+    the data is held out, and no text is in two parts. budget: the most layer parameters to store, as a fraction of the
+    original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, or ``auto``).
+    baseline: ``drop`` also makes a layer-dropped model of at most equal size, healed alike. steps: of healing, default
+    those of :class:`~layershare.heal.config.DistillConfig`.
 
     Raises OptionError, DataError, ModelError, PlanError or StoreError before anything is written, and TrainingError
     when healing cannot go on. Ctrl-C keeps what is done; the same call goes on from there.
@@ -73,7 +73,8 @@ def compress(
     out, say = Path(out).expanduser(), progress or _say
     kind = get_task(task)
     _refuse_foreign(out)
-    found = _read(kind, data, test, validation, columns, seed)
+    tested, judged = ([] if file is None else [file] for file in (test, validation))
+    found = kind.read(data, test=tested, validation=judged, columns=columns, seed=seed)
     job = _Job(model, kind, found, steps, seed, say)
     wanted = {"scheme": scheme, "budget": budget} if plan is None else SharingPlan.load(plan).to_dict()
     job.check(wanted)
@@ -204,7 +205,7 @@ def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Call
 
 def calibration(kind: Task, tokenizer: Any, data: Data, config: DistillConfig) -> list[dict[str, Any]]:
     """Batches of the first texts to train on, for the statistics that sharing needs."""
-    rows = kind.encode(tokenizer, data.train, config.max_length)  # type: ignore[arg-type]
+    rows = kind.encode(tokenizer, data.train, config.max_length)
     rows = rows.select(range(min(len(rows), CALIBRATION_TEXTS)))
     texts = {name: rows[name] for name in INPUTS if name in rows.column_names}
     return [batch for _, batch in batches(tokenizer, texts, 32)]
@@ -232,7 +233,7 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
         source=Path(str(job.model)).name if Path(str(job.model)).exists() else str(job.model),
         machine=machine(),
         task=job.kind.name,
-        metric=job.kind.metric_of(job.data.test or job.data.validation),  # type: ignore[arg-type]
+        metric=job.kind.metric_of(job.data.test or job.data.validation),
         higher_is_better=job.kind.higher_is_better,
         data=job.data.describe(),
         seed=job.seed,
@@ -247,18 +248,6 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
     result.save(out / "result.json")
     report.write(out)
     return result
-
-
-def _read(
-    kind: Task, data: Sequence[Path], test: Path | None, validation: Path | None,
-    columns: Mapping[str, str] | None, seed: int,
-) -> Data:  # fmt: skip
-    if validation is None:
-        return kind.read(data, test=[] if test is None else [test], columns=columns, seed=seed)
-    whole = (1.0, 0.0, 0.0)
-    found = kind.read(data, test=[] if test is None else [test], columns=columns, seed=seed, split=whole)
-    held = kind.read([validation], columns=columns, seed=seed, split=whole)
-    return replace(found, validation=held.train, sha256={**found.sha256, **held.sha256})
 
 
 def _fingerprint(folder: Path) -> str:

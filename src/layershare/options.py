@@ -43,7 +43,46 @@ Merge = Annotated[
 Rank = Annotated[int, typer.Option(help="Rank of a private correction per position.")]
 Calibration = Annotated[Path | None, typer.Option(help="Texts to fit the shared tensors on; needs --task.")]
 MaybeTask = Annotated[str | None, typer.Option("--task", help="How to read the calibration file.")]
+PruneWhat = Annotated[str, typer.Option("--what", help="positions, heads, neurons or weights.")]
+Amount = Annotated[
+    float | None,
+    typer.Option(help="A fraction below 1, or a number: of each stack, of each block, or of all weights."),
+]
+PruneBy = Annotated[
+    str,
+    typer.Option(
+        "--by", help="Importance: magnitude, taylor, activation, influence (positions) or wanda (weights)."
+    ),
+]
+Pattern = Annotated[str | None, typer.Option(help="N:M, as 2:4, of single weights instead of an amount.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Most energy (sum of squares) that zeroed weights may have together.")
+]
+KeepShape = Annotated[
+    bool, typer.Option("--keep-shape", help="Zero heads or neurons instead of removing them.")
+]
+PruneData = Annotated[
+    list[Path] | None, typer.Option("--data", help="Texts to measure importance on; needs --task.")
+]
+Guide = Annotated[
+    str | None, typer.Option("--teacher", help="For taylor without labels: the original of a shared model.")
+]
 Teacher = Annotated[str, typer.Option(help="The original model: a folder or a hub name.")]
+Method = Annotated[
+    Literal["houlsby", "pfeiffer", "lora", "prefix", "ia3"], typer.Option(help="The kind of small modules.")
+]
+PerGroup = Annotated[
+    bool, typer.Option("--per-group", help="One module for all positions that share a weight.")
+]
+MaybeTeacher = Annotated[
+    str | None, typer.Option("--teacher", help="A large model to match, instead of labels.")
+]
+TeacherCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", help="Keep the teacher's outputs in this folder, for other runs with the same texts."
+    ),
+]
 Baseline = Annotated[
     str | None, typer.Option(help="Also make a baseline of equal bytes, healed alike: drop.")
 ]
@@ -55,6 +94,44 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew in a fo
 DemoOut = Annotated[
     Path | None, typer.Option("-o", "--out", help="The folder to write; default: under out/.")
 ]
+Start = Annotated[
+    str,
+    typer.Argument(
+        help="A model type (bert, gpt2, t5, ...) or a config (.json), for a fresh model; or a checkpoint."
+    ),
+]
+Texts = Annotated[
+    list[Path],
+    typer.Option("--data", help="Plain text, or a table with a text column; may be given several times."),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="Whose tokenizer to use; default: the checkpoint's, or one trained on the text."),
+]
+Objective = Annotated[
+    Literal["auto", "masked", "causal", "span"],
+    typer.Option(help="What is to be guessed; auto: what suits the model."),
+]
+BlockSize = Annotated[int, typer.Option(help="Tokens in a block of packed text.")]
+Size = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE of a fresh model's config, as hidden_size=128; may be repeated."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE of the training, as learning_rate=1e-4; may be repeated."),
+]
+NewHead = Annotated[
+    bool, typer.Option("--new-head", help="Replace the head that the model has, for other labels.")
+]
+Anew = Annotated[bool, typer.Option("--anew", help="Forget an interrupted run instead of going on with it.")]
+TrainSteps = Annotated[
+    int | None, typer.Option("--steps", help="Optimizer steps; default: the verb's own number.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; everything else goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
+PageOut = Annotated[Path | None, typer.Option("-o", "--out", help="Also write the table here, as Markdown.")]
+Laws = Annotated[
+    Path | None, typer.Option(exists=True, help="Results of benchmarks/architectures.py, to be merged in.")
+]

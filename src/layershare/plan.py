@@ -37,8 +37,9 @@ class Group(Config):
 
     ``method="tie"``: one stored tensor serves all positions, made from theirs by ``merge``; with ``rank`` > 0 each
     position keeps a private low-rank correction of that rank. ``method="basis"``: each matrix is a product of two
-    factors of inner size ``rank``; the factor on ``side`` is stored once for the group, the other one per position
-    (a group of one position is then a plain low-rank factorisation).
+    factors of inner size ``rank``; the one on ``side`` is stored once for the group, the other one per position; with
+    ``side="both"`` one low-rank matrix, made from theirs by ``merge``, serves all. A group of one position is then a
+    plain low-rank factorisation.
     """
 
     positions: Positions
@@ -49,7 +50,7 @@ class Group(Config):
     source: int | None = None
     """With ``merge="pick"``: the position whose weights serve all."""
     rank: int = Field(0, ge=0)
-    side: Literal["input", "output"] = "input"
+    side: Literal["input", "output", "both"] = "input"
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -236,10 +237,13 @@ def _letter(number: int, method: str) -> str:
 
 def describe(group: Group) -> str:
     """The group in words: ``tie (mean) + private rank 8`` or ``basis of rank 96, input side``."""
+    merge = f"from {group.source}" if group.merge == "pick" else group.merge
     if group.method == "basis":
-        shared = "shared basis" if len(group.positions) > 1 else "low-rank factors"
-        return f"{shared} of rank {group.rank}" + (f", {group.side} side" if len(group.positions) > 1 else "")
+        if len(group.positions) == 1:
+            return f"low-rank factors of rank {group.rank}"
+        if group.side == "both":
+            return f"tied ({merge}), low-rank factors of rank {group.rank}"
+        return f"shared basis of rank {group.rank}, {group.side} side"
     if len(group.positions) == 1:
         return "private"
-    merge = f"from {group.source}" if group.merge == "pick" else group.merge
     return f"tied ({merge})" + (f" + private rank {group.rank}" if group.rank else "")

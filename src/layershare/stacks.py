@@ -128,9 +128,10 @@ def same_stack(name: str, other: str) -> bool:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    return _is_list(module) and any(
-        times > 1 for signature, times in Counter(map(_signature, module)).items() if signature
-    )
+    if not _is_list(module):
+        return False
+    alike = Counter(_signature(layer) for layer in module._modules.values() if layer is not None)
+    return any(times > 1 for signature, times in alike.items() if signature)
 
 
 def _is_list(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -27,6 +27,7 @@ from layershare.config import Config
 from layershare.errors import OptionError, TrainingError
 from layershare.heal.callbacks import Ema, Guard, Progress, Terms
 from layershare.heal.checkpoints import resume_point
+from layershare.prune.masks import held
 
 ComputeLoss = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
 """(model, collated batch) -> the weighted terms of the loss by name, scalars. Their sum is minimised."""
@@ -69,6 +70,7 @@ def train(
     *,
     resume: bool = True,
     quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, with checkpoints in ``out/checkpoints``, and leave it in eval mode.
 
@@ -81,6 +83,8 @@ def train(
         out: the folder of the run. Only ``out/checkpoints`` is written.
         resume: go on from the last complete checkpoint, if there is one; False removes the checkpoints.
         quiet: no progress on the terminal (standard error).
+        callbacks: told of every step, for example to judge and stop. What they need to know after a resume must
+            follow from the log history, which is part of a checkpoint.
 
     Returns:
         One dict for each logged step: ``step``, ``loss``, each term of the loss by name, ``learning_rate``,
@@ -120,6 +124,7 @@ def train(
         warmup_steps=round(config.warmup_ratio * config.steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        adam_beta2=0.98,  # runs of a few hundred steps: 0.999 would remember the warm-up to the end
         bf16=config.precision == "bfloat16",
         seed=config.seed,
         train_sampling_strategy="sequential",
@@ -140,13 +145,13 @@ def train(
         args=arguments,
         train_dataset=_InOrder(dataset, order),
         data_collator=collator,
-        callbacks=[*ema, guard, terms, *([] if quiet else [progress])],
+        callbacks=[*ema, *callbacks, guard, terms, *([] if quiet else [progress])],
         terms=terms,
         terms_of=compute_loss,
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        with _quiet(), guard.catching_interrupts():
+        with _quiet(), guard.catching_interrupts(), held(model):  # what was pruned stays zero
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()

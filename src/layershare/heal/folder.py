@@ -3,8 +3,13 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from layershare.heal.distill import DistillConfig, distill, kept_layers
+from layershare.errors import ModelError
+from layershare.heal.config import DistillConfig
+from layershare.heal.distill import distill
+from layershare.heal.fit import check_tokenizers
+from layershare.heal.layers import kept_layers
 from layershare.plan import SharingPlan
 from layershare.sharing import plan_of
 from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
@@ -20,10 +25,12 @@ def heal_folder(
     *,
     columns: Mapping[str, str] | None = None,
     config: DistillConfig | None = None,
+    cache: str | Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the model ``student`` to do what ``teacher`` does on the texts of ``data``, and save it as ``out``.
 
     Until it is done, the checkpoints are in ``OUT.part``; the same call goes on from the last one.
+    ``cache``: a folder in which the teacher's outputs are kept for other runs.
     Returns the history of the training, see :func:`layershare.heal.distill.distill`.
     Raises StoreError if there is something in ``out``, and OptionError, DataError, ModelError and TrainingError.
     """
@@ -32,7 +39,10 @@ def heal_folder(
     with new_folder(out, resume=True) as folder:
         model, original = load_model(student, kind.auto_class), load_model(teacher, kind.auto_class)
         pairs, tokenizer = layer_map(plan_of(model)), load_tokenizer(teacher)
-        history = distill(model, original, tokenizer, kind, found, config, folder, layer_map=pairs)
+        check_tokenizers(_own_tokenizer(student) or tokenizer, tokenizer)
+        history = distill(
+            model, original, tokenizer, kind, found, config, folder, layer_map=pairs, cache=cache
+        )
         model.save_pretrained(folder)
         copy_preprocessing(teacher, folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -43,3 +53,11 @@ def layer_map(plan: SharingPlan | None) -> list[tuple[int, int]] | None:
     """Whose hidden states are compared: for a dropped model what the kept layers' readers saw; None: layer by layer."""
     dropped = [stack for stack in plan.stacks if stack.drop] if plan is not None else []
     return kept_layers(dropped[0].kept, dropped[0].length) if len(dropped) == 1 else None
+
+
+def _own_tokenizer(model: str | Path) -> Any:
+    """None for a folder of weights alone."""
+    try:
+        return load_tokenizer(model)
+    except ModelError:
+        return None

@@ -1,9 +1,10 @@
 """How a model carries its plan: as ``quantization_config`` in its config, where transformers keeps such things."""
 
+from functools import wraps
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,19 +28,39 @@ class LayershareConfig(QuantizationConfigMixin):
 def mark(model: PreTrainedModel, plan: SharingPlan, made: dict | None = None) -> None:
     """Write ``plan`` into the model's config, so that ``save_pretrained`` and Trainer checkpoints carry it."""
     model.config.quantization_config = LayershareConfig(plan.to_dict(), made)
-    model.config.transformers_weights = TRAP
 
 
 def unmark(model: PreTrainedModel) -> None:
     """Make the config that of an ordinary model."""
-    for name in ("quantization_config", "transformers_weights"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+    del model.config.quantization_config
 
 
 def plan_of(model: nn.Module) -> SharingPlan | None:
     """The plan that a shared model carries in its config, or None."""
-    settings = getattr(getattr(model, "config", None), "quantization_config", None)
-    if isinstance(settings, dict) and settings.get("quant_method") == NAME:
-        return SharingPlan.from_dict(settings.get("plan") or {})
-    return SharingPlan.from_dict(settings.plan) if isinstance(settings, LayershareConfig) else None
+    plan = _plan(getattr(model, "config", None))
+    return None if plan is None else SharingPlan.from_dict(plan)
+
+
+def _plan(config: Any) -> dict | None:
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict):  # of a config that came without a model
+        return settings.get("plan") or {} if settings.get("quant_method") == NAME else None
+    return settings.plan if isinstance(settings, LayershareConfig) else None
+
+
+_write = PretrainedConfig.to_json_file
+
+
+@wraps(_write)
+def _write_with_trap(config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+    if _plan(config) is None:
+        return _write(config, *args, **kwargs)
+    config.transformers_weights = TRAP
+    try:
+        return _write(config, *args, **kwargs)
+    finally:
+        del config.transformers_weights
+
+
+# The one method of transformers that layershare replaces: config.save_pretrained takes the field away before it writes.
+PretrainedConfig.to_json_file = _write_with_trap  # type: ignore[method-assign, assignment]

@@ -1,7 +1,7 @@
 """share and unshare: from a model and a plan to a shared model, and back."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def share(
         raise PlanError(f"{type(model).__name__} is shared already.", "Call layershare.unshare(model) first.")
     student = dropped(model, plan)
     layout = layout_of(student, plan)
+    _refuse_idle(plan, layout)
     if calibration is None and (
         needy := next((job for job in layout.jobs if job.group.merge == "regmean"), None)
     ):
@@ -39,7 +40,9 @@ def share(
             f"merge 'regmean' of {needy.names[0]} needs activations.", "Give calibration batches."
         )
     wanted = {name for job in layout.jobs if _uses_activations(job) for name in job.modules}
-    grams = collect(student, sorted(wanted), calibration) if calibration is not None and wanted else {}
+    grams = (
+        _statistics(model, plan, sorted(wanted), calibration) if calibration is not None and wanted else {}
+    )
     values = solve(layout, dict(student.named_parameters(remove_duplicate=False)), grams)
     install(student, layout)
     fill(student, values)
@@ -48,6 +51,33 @@ def share(
     if layout.jobs or layout.gates:  # a model that only lost positions is an ordinary one
         mark(student, plan, made={"whitened": bool(grams)})
     return student
+
+
+def _statistics(
+    model: PreTrainedModel,
+    plan: SharingPlan,
+    modules: Sequence[str],
+    calibration: Iterable[Mapping[str, Any]],
+) -> Grams:
+    """What the student's ``modules`` see in the original (measured: better than in a model with positions dropped)."""
+    stacks = find_stacks(model, [one.name for one in plan.stacks])
+    kept = {find(stacks, one.name).name: one.kept for one in plan.stacks}
+    in_original = {}
+    for name in modules:
+        stack = next(stack for stack in kept if name.startswith(f"{stack}."))
+        layer, _, rest = name[len(stack) + 1 :].partition(".")
+        in_original[name] = f"{stack}.{kept[stack][int(layer)]}.{rest}"
+    grams = collect(model, in_original.values(), calibration)
+    return {name: grams[original] for name, original in in_original.items()}
+
+
+def _refuse_idle(plan: SharingPlan, layout: Layout) -> None:
+    """A plan whose groups name positions that have nothing in common is a mistake, not an ordinary model."""
+    groups = [group for one in plan.stacks for group in one.groups if len(group.positions) > 1]
+    if groups and not layout.jobs:
+        raise PlanError(
+            f"the plan shares nothing: {layout.notes[0]}." if layout.notes else "the plan shares nothing."
+        )
 
 
 def unshare(model: PreTrainedModel) -> PreTrainedModel:
@@ -98,20 +128,32 @@ def _solve_one(job: Job, weights: list[Tensor], grams: list[Tensor]) -> dict[str
     if job.weight.kind == "conv1d":
         weights = [weight.T for weight in weights]
     group, seen = job.group, grams or None
+    owners = [names[0] for names in job.ties]
     if group.method == "basis" and group.side == "input":
         ups, down = lowrank.shared_input(weights, group.rank, seen)
-        return {job.tie[0]: down} | {f"{m}.up": up for m, up in zip(job.modules, ups, strict=True)}
-    if group.method == "basis":
+        return {owners[0]: down} | {f"{m}.up": up for m, up in zip(job.modules, ups, strict=True)}
+    if group.method == "basis" and group.side == "output":
         up, downs = lowrank.shared_output(weights, group.rank, seen)
-        return {job.tie[0]: up} | {f"{m}.down": down for m, down in zip(job.modules, downs, strict=True)}
+        return {owners[0]: up} | {f"{m}.down": down for m, down in zip(job.modules, downs, strict=True)}
     merged = _merge(job, weights, grams)
     if not job.factored:
-        return {job.tie[0]: merged.T if job.weight.kind == "conv1d" else merged}
-    values = {job.tie[0]: merged}
+        return {owners[0]: merged.T if job.weight.kind == "conv1d" else merged}
+    if group.method == "basis":
+        up, down = lowrank.truncate(merged, group.rank, _gram_of_merged(job, grams))
+        return {owners[0]: down, owners[1]: up}
+    values = {owners[0]: merged}
     for i, (module, weight) in enumerate(zip(job.modules, weights, strict=True)):
         up, down = lowrank.truncate(weight - merged, group.rank, grams[i] if grams else None)
         values |= {f"{module}.up": up, f"{module}.down": down}
     return values
+
+
+def _gram_of_merged(job: Job, grams: list[Tensor]) -> Tensor | None:
+    """What the merged weight sees: the inputs of the position that gave it, or those of all."""
+    if not grams:
+        return None
+    picked = {"first": 0, "last": -1, "pick": job.source}.get(job.group.merge)
+    return grams[picked] if picked is not None else torch.stack(grams).mean(0)
 
 
 def _merge(job: Job, weights: list[Tensor], grams: list[Tensor]) -> Tensor:

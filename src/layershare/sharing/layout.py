@@ -36,16 +36,18 @@ class Job:
         return tuple(name.rpartition(".")[0] for name in self.names)
 
     @property
-    def tied_leaf(self) -> str:
-        """The parameter that the modules share: the weight itself, or one factor of it."""
+    def tied_leaves(self) -> tuple[str, ...]:
+        """The parameters that the modules share: the weight itself, or factors of it."""
         if not self.factored:
-            return self.weight.name.rpartition(".")[2]
-        return "base" if self.group.method == "tie" else "down" if self.group.side == "input" else "up"
+            return (self.weight.name.rpartition(".")[2],)
+        if self.group.method == "tie":
+            return ("base",)
+        return {"input": ("down",), "output": ("up",), "both": ("down", "up")}[self.group.side]
 
     @property
-    def tie(self) -> tuple[str, ...]:
-        """Full names of the parameters that are one object after sharing; the first one owns."""
-        return tuple(f"{module}.{self.tied_leaf}" for module in self.modules)
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Full names of the parameters that are one object after sharing, one tuple an object; the first name owns."""
+        return tuple(tuple(f"{module}.{leaf}" for module in self.modules) for leaf in self.tied_leaves)
 
     @property
     def stored(self) -> int:
@@ -57,8 +59,10 @@ class Job:
         up, down = out_features * self.group.rank, self.group.rank * in_features
         if self.group.method == "tie":
             return self.weight.size + len(self.layers) * (up + down)
-        shared, private = (down, up) if self.group.side == "input" else (up, down)
-        return shared + len(self.layers) * private
+        times = len(self.layers)
+        return sum(
+            size * (1 if leaf in self.tied_leaves else times) for leaf, size in (("up", up), ("down", down))
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Layout:
 
     @property
     def ties(self) -> Iterator[tuple[str, ...]]:
-        return (job.tie for job in self.jobs if len(job.layers) > 1)
+        return (tie for job in self.jobs if len(job.layers) > 1 for tie in job.ties)
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,8 @@ def _jobs(
         source = _source(group, index, layers, weight, notes)
         if len(layers) < len(group.positions) and len(group.positions) > 1:
             where = [plan.kept[layer] for layer in layers]
-            notes.append(
-                f"{weight.name} {list(weight.shape)} stands at positions {where} only: shared among these"
-            )
+            fate = "shared among these" if len(where) > 1 else "it stays private"
+            notes.append(f"{weight.name} {list(weight.shape)} stands at positions {where} only: {fate}")
         if group.rank and not weight.factorable:
             if group.method == "basis":
                 notes.append(f"{weight.name} is no plain linear map: it has no basis, it stays private")

@@ -2,8 +2,8 @@
 
 A linear map W (out, in) is approximated where its inputs x are: the error is E|(W - W') x|^2 = |(W - W') S|_F^2 with
 S S^T = E[x x^T] = G (SVD-LLM: Wang et al., 2024, 2403.07378). Without a Gram matrix, S is the identity and the error
-is that of the weights. Factors come back balanced: ``up`` (out, rank) and ``down`` (rank, in) have equal column norms
-before whitening, which is kind to the optimizer.
+is that of the weights. Factors come back balanced: ``up`` (out, rank) and ``down`` (rank, in) have entries of equal
+root mean square, since the optimizer moves all entries alike; others heal worse (docs/log.md).
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ def shared_input(
         _identity(stacked) if grams is None else root(torch.stack([g.double() for g in grams]).sum(0))
     )
     u, s, vh = torch.linalg.svd(stacked @ root_, full_matrices=False)
-    scale = s[:rank].sqrt()
-    ups = (u[:, :rank] * scale).split([len(weight) for weight in weights])
-    down = (scale[:, None] * vh[:rank]) @ inverse
+    scale = _halves(s[:rank])
+    up, down = _balanced(u[:, :rank] * (s[:rank] / scale), (scale[:, None] * vh[:rank]) @ inverse)
+    ups = up.split([len(weight) for weight in weights])
     return [up.to(weights[0].dtype) for up in ups], down.to(weights[0].dtype)
 
 
@@ -56,10 +56,25 @@ def shared_output(
     dense = [weight.double() for weight in weights]
     seen = dense if grams is None else [w @ root(g)[0] for w, g in zip(dense, grams, strict=True)]
     u, s, _ = torch.linalg.svd(torch.cat(seen, dim=1), full_matrices=False)
-    scale = (s[:rank] / len(weights) ** 0.5).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    up = u[:, :rank] * scale
-    downs = [(u[:, :rank].T @ w) / scale[:, None] for w in dense]
+    scale = _halves(s[:rank])
+    own = torch.cat([u[:, :rank].T @ w for w in dense], dim=1) / scale[:, None]
+    up, down = _balanced(u[:, :rank] * scale, own)
+    downs = down.split([w.shape[1] for w in dense], dim=1)
     return up.to(weights[0].dtype), [down.to(weights[0].dtype) for down in downs]
+
+
+def _halves(singular: Tensor) -> Tensor:
+    """The part of each singular value that one factor takes; 1 where it is 0, so that this factor can still learn."""
+    return torch.where(singular > 0, singular.sqrt(), torch.ones_like(singular))
+
+
+def _balanced(up: Tensor, down: Tensor) -> Factors:
+    """The same product, with entries of equal root mean square in both factors."""
+    sizes = [factor.square().mean().sqrt() for factor in (up, down)]
+    if min(sizes) == 0:  # nothing to approximate: one factor is 0 and the other one ready to learn
+        return up, down
+    ratio = (sizes[1] / sizes[0]).sqrt()
+    return up * ratio, down / ratio
 
 
 def _identity(like: Tensor) -> Factors:

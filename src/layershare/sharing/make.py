@@ -1,13 +1,13 @@
 """make_plan: from a preset and a number, or a budget, to a plan for one model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from layershare import presets
 from layershare.errors import PlanError, nearest
 from layershare.plan import Gate, Group, Merge, SharingPlan, StackPlan
-from layershare.sharing.layout import factors, find, predict
+from layershare.sharing.layout import factors, find, matches, predict
 from layershare.stacks import Stack, find_stacks
 
 SCHEMES = (*presets.PRESETS, "drop", "gated", "basis")
@@ -53,14 +53,15 @@ def make_plan(
         raise PlanError(f"stack {open_[0].name!r} is shared already.")
     plans = []
     for one in chosen:
-        wanted = tuple(parts) if parts is not None else _matrix_parts(one)
+        wanted = tuple(parts) if parts is not None else matrix_parts(one)
         make = _scheme(preset, one, wanted, merge, rank)
         chosen_number = _within(one, preset, make, wanted, budget) if budget is not None else number
         plans.append(make(presets.FIXED[preset] if chosen_number is None else chosen_number))
     return SharingPlan(stacks=tuple(plans))
 
 
-def _matrix_parts(stack: Stack) -> tuple[str, ...]:
+def matrix_parts(stack: Stack) -> tuple[str, ...]:
+    """The parts of the stack that hold weight matrices."""
     return tuple(part for part in ("attention", "ffn", "other") if stack.parameters[part])
 
 
@@ -76,7 +77,7 @@ def _scheme(
         return lambda rank: basis_over(stack, _assign("adjacent", stack, -(-stack.length // 2)), parts, rank)
     return lambda unique: StackPlan(
         name=stack.name, length=stack.length,
-        groups=tied(_assign(preset, stack, unique), parts, merge, rank),
+        groups=_having(stack, tied(_assign(preset, stack, unique), parts, merge, rank)),
     )  # fmt: skip
 
 
@@ -148,6 +149,21 @@ def _group(**values: object) -> Group:
     return Group.parse(values, error=PlanError)
 
 
+def _having(stack: Stack, groups: Iterable[Group]) -> tuple[Group, ...]:
+    """The groups, each with the parts that its layers have: where layers are of several kinds, some lack attention.
+
+    A part that no layer of the stack has stays, for ``resolve`` to complain about.
+    """
+
+    def has(positions: Iterable[int], part: str) -> bool:
+        return any(matches(weight, part) for position in positions for weight in stack.layers[position])
+
+    absent = [(group, [p for p in group.parts if has(range(stack.length), p) and not has(group.positions, p)])
+              for group in groups]  # fmt: skip
+    kept = ((group, tuple(part for part in group.parts if part not in gone)) for group, gone in absent)
+    return tuple(group.model_copy(update={"parts": parts}) for group, parts in kept if parts)
+
+
 def _positions(assignment: Sequence[int], unique: int) -> tuple[int, ...]:
     return tuple(position for position, used in enumerate(assignment) if used == unique)
 
@@ -165,21 +181,29 @@ def drop_to(stack: Stack, kept: Sequence[int]) -> StackPlan:
     return StackPlan(name=stack.name, length=stack.length, drop=gone)
 
 
-def gated_to(stack: Stack, kept: Sequence[int], parts: Sequence[str]) -> StackPlan:
-    """Every position, tied to the nearest kept one of its kind (the earlier of two) and gated: 1 where kept, else 0."""
+def users_of(stack: Stack, kept: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """For each kept position those that use its weights: each the nearest kept one of its kind, the earlier of two."""
     kind = {position: number for number, positions in enumerate(stack.kinds) for position in positions}
     owner = [min(kept, key=lambda k: (kind[k] != kind[p], abs(k - p))) for p in range(stack.length)]
+    return {k: tuple(p for p in range(stack.length) if owner[p] == k) for k in kept}
+
+
+def gates_of(users: Mapping[int, Sequence[int]]) -> tuple[Gate, ...]:
+    """A gate for every position that shares: 1 where the weights come from, else 0."""
+    gates = {
+        p: float(p == owner) for owner, positions in users.items() for p in positions if len(positions) > 1
+    }
+    return tuple(Gate(position=position, value=gates[position]) for position in sorted(gates))
+
+
+def gated_to(stack: Stack, kept: Sequence[int], parts: Sequence[str]) -> StackPlan:
+    """Every position, tied to the nearest kept one of its kind and gated: 1 where kept, else 0."""
+    users = users_of(stack, kept)
     groups = (
-        _group(
-            positions=[p for p in range(stack.length) if owner[p] == k], parts=parts, merge="pick", source=k
-        )
-        for k in kept
-    )
-    gates = tuple(
-        Gate(position=p, value=float(p in kept)) for p in range(stack.length) if owner.count(owner[p]) > 1
+        _group(positions=p, parts=parts, merge="pick", source=k) for k, p in users.items() if len(p) > 1
     )
     return StackPlan(
-        name=stack.name, length=stack.length, groups=tuple(g for g in groups if len(g.positions) > 1), gates=gates,
+        name=stack.name, length=stack.length, groups=_having(stack, groups), gates=gates_of(users)
     )  # fmt: skip
 
 
@@ -187,4 +211,4 @@ def basis_over(stack: Stack, assignment: Sequence[int], parts: Sequence[str], ra
     """A shared basis of ``rank`` over the positions of each unique layer."""
     groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
     made = tuple(_group(positions=p, parts=parts, method="basis", rank=rank) for p in groups)
-    return StackPlan(name=stack.name, length=stack.length, groups=made)
+    return StackPlan(name=stack.name, length=stack.length, groups=_having(stack, made))

@@ -42,7 +42,8 @@ def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) 
             for name in modules:
                 handle = model.get_submodule(name).register_forward_pre_hook(watch(name))
                 hooks.callback(handle.remove)
-            for runs, batch in enumerate(batches, 1):
+            for batch in batches:
+                runs += 1
                 batch = {
                     key: value.to(device) if isinstance(value, Tensor) else value
                     for key, value in batch.items()

@@ -32,7 +32,7 @@ class LayershareLoader(HfQuantizer):
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         # The one hook that sees the config before the weights file is looked up.
         if getattr(config, "transformers_weights", None) == TRAP:
-            config.transformers_weights = None
+            del config.transformers_weights
         return config
 
     def _process_model_before_weight_loading(
@@ -70,7 +70,6 @@ class LayershareLoader(HfQuantizer):
         del model._adjust_bias
         tie(model, self.layout)
         _refuse_incomplete(model, self.known)
-        model.config.transformers_weights = TRAP
         model.is_quantized = False  # type: ignore[assignment]
         del model.hf_quantizer, model.quantization_method
         return model

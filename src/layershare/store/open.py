@@ -1,6 +1,7 @@
 """Open models by folder or hub name, with errors in the user's own words. Nothing is downloaded for a folder."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,31 @@ def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedMo
     name = auto_class or _class_name(_config(model))
     cls = getattr(transformers, name)
     return _open(model, lambda source: cls.from_pretrained(source, use_safetensors=True)).eval()
+
+
+def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreTrainedModel:
+    """Like :func:`load_model`, with a class whose head the checkpoint may lack: it is drawn at random, without a word.
+
+    ``settings``: keys of its config with other values. Raises ModelError also when weights of the layers
+    are missing; transformers would only log it.
+    """
+    cls, logger = getattr(transformers, auto_class), logging.getLogger("transformers")
+    settings |= {"use_safetensors": True, "output_loading_info": True}
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        loaded, info = _open(model, lambda source: cls.from_pretrained(source, **settings))
+    finally:
+        logger.setLevel(before)
+    layers = tuple(
+        f"{name}." for name, module in loaded.named_modules() if isinstance(module, torch.nn.ModuleList)
+    )
+    if missing := sorted(name for name in info["missing_keys"] if name.startswith(layers)):
+        raise ModelError(
+            f"{model} lacks {missing[0]} and {len(missing) - 1} more weights of the layers.",
+            "It is not a checkpoint of this kind of model.",
+        )
+    return loaded.eval()
 
 
 def load_tokenizer(model: str | Path) -> Any:

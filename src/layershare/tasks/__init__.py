@@ -5,12 +5,14 @@ help.
 """
 
 from layershare.errors import OptionError, nearest
-from layershare.tasks import sentence_embedding, text_classification
+from layershare.tasks import causal_lm, masked_lm, sentence_embedding, text_classification
 from layershare.tasks.task import Data, Outputs, Task
 
 TASKS: dict[str, Task] = {
     "sentence-embedding": sentence_embedding.TASK,
     "text-classification": text_classification.TASK,
+    "masked-lm": masked_lm.TASK,
+    "causal-lm": causal_lm.TASK,
 }
 
 

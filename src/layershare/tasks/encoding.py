@@ -26,23 +26,21 @@ def encode(
 
 
 def pad(tokenizer: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> "dict[str, Tensor]":
-    """Rows of token ids -> tensors [B, T] with T the longest row, padded on the tokenizer's side."""
+    """Rows of token ids -> tensors [B, T] with T the longest row, padded on the right.
+
+    Also where the tokenizer pads on the left, which is for generating: a model with learned positions counts the
+    padding there, so what it says of a text would depend on the texts beside it.
+    """
     import torch
 
     width = max(len(row["input_ids"]) for row in rows)
-    left = tokenizer.padding_side == "left"
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # decoders often have no padding token
     fill = {"input_ids": next(i for i in ids if i is not None)}
-    batch = {}
-    for name in INPUTS:
-        if name in rows[0]:
-            gaps = [[fill.get(name, 0)] * (width - len(row[name])) for row in rows]
-            padded = [
-                gap + list(row[name]) if left else list(row[name]) + gap
-                for row, gap in zip(rows, gaps, strict=True)
-            ]
-            batch[name] = torch.tensor(padded)
-    return batch
+    return {
+        name: torch.tensor([[*row[name], *[fill.get(name, 0)] * (width - len(row[name]))] for row in rows])
+        for name in INPUTS
+        if name in rows[0]
+    }
 
 
 def batches(

@@ -52,6 +52,7 @@ def read(
     paths: Sequence[str | Path] | str | Path,
     *,
     test: Sequence[str | Path] | str | Path = (),
+    validation: Sequence[str | Path] | str | Path = (),
     columns: Mapping[str, str] | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
@@ -60,6 +61,7 @@ def read(
     return read_splits(
         paths,
         test,
+        validation,
         candidates=COLUMNS,
         given=columns,
         optional=TASK.optional,

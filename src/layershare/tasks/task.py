@@ -82,6 +82,7 @@ class _Read(Protocol):
         paths: Sequence[str | Path] | str | Path,
         *,
         test: Sequence[str | Path] | str | Path = (),
+        validation: Sequence[str | Path] | str | Path = (),
         columns: Mapping[str, str] | None = None,
         split: tuple[float, float, float] = (0.8, 0.1, 0.1),
         seed: int = 0,
@@ -135,9 +136,9 @@ class Task:
         higher_is_better: the sense of ``metric``.
         columns: role -> the column names it is guessed from, best first.
         optional: the roles that a file may lack.
-        read: files -> Data. ``test`` names files that are only tested on; without it the rows are split,
-            seeded, by the fractions ``split`` (train, validation, test). Raises DataError naming file, line
-            and column.
+        read: files -> Data. ``test`` names files that are only tested on, ``validation`` files that are only chosen
+            on; a part without files is split off from the rows, seeded, by the fractions ``split`` (train,
+            validation, test). No text is in two parts. Raises DataError naming file, line and column.
         encode: a split -> a Dataset of ``input_ids`` ... to train on, one row a text, cut at ``max_length``
             tokens.
         texts: the different training texts of Data, in file order.

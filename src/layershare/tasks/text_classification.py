@@ -25,6 +25,7 @@ def read(
     paths: Sequence[str | Path] | str | Path,
     *,
     test: Sequence[str | Path] | str | Path = (),
+    validation: Sequence[str | Path] | str | Path = (),
     columns: Mapping[str, str] | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
@@ -36,6 +37,7 @@ def read(
     data = read_splits(
         paths,
         test,
+        validation,
         candidates=COLUMNS,
         given=columns,
         optional=TASK.optional,
@@ -62,6 +64,14 @@ def encode_rows(tokenizer: Any, dataset: "Dataset", max_length: int) -> "Dataset
 
     rows = list(dict.fromkeys(_inputs(dataset)))
     return Dataset.from_dict(encode(tokenizer, [r[0] for r in rows], max_length, _second(rows)))
+
+
+def row_labels(dataset: "Dataset", config: Any) -> list[int]:
+    """The label id of each row of :func:`encode_rows`; -100 where equal texts have different labels."""
+    found: dict[tuple[str, ...], int] = {}
+    for text, label in zip(_inputs(dataset), label_ids(dataset["label"][:], config), strict=True):
+        found[text] = label if found.get(text, label) == label else -100
+    return list(found.values())
 
 
 def label_ids(names: Sequence[str], config: Any) -> list[int]:

@@ -1,0 +1,243 @@
+"""finetune: a checkpoint and labelled texts into a classifier, stopped early, its best state kept."""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+)
+
+from layershare.errors import DataError, ModelError, OptionError
+from layershare.heal.best import Best
+from layershare.heal.collator import Collator
+from layershare.measure.brief import brief
+from layershare.measure.machine import machine
+from layershare.result import Result
+from layershare.sharing import plan_of
+from layershare.store.open import load_tokenizer, load_under_head, new_folder, sketch
+from layershare.tasks import Data, Task, get_task
+from layershare.tasks.encoding import INPUTS, usable_length
+from layershare.tasks.text_classification import row_labels
+from layershare.train import TrainConfig, train
+
+
+class FinetuneConfig(TrainConfig):
+    """How to fine-tune: the fields of :class:`~layershare.train.TrainConfig`, and when to stop."""
+
+    steps: int = Field(0, ge=0, description="Optimizer steps; 0: `epochs` times through the data.")
+    epochs: float = Field(5.0, gt=0, description="Times through the training data, at most.")
+    batch_size: int = Field(32, ge=1, description="Texts a step, over all devices together.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak of the learning rate (AdamW).")
+    max_length: int = Field(128, ge=4, description="Longer texts are cut to this many tokens.")
+    judge_every: int = Field(
+        0, ge=0, description="Steps between judgements on the validation split; 0: twice an epoch."
+    )
+    patience: int = Field(
+        4, ge=0, description="Stop after so many judgements in a row without a better one; 0: never."
+    )
+    dropout: bool = Field(True, description="Whether the model trains with its dropout.")
+
+
+def finetune(
+    model: str | Path,
+    data: Sequence[str | Path] | str | Path,
+    out: str | Path,
+    *,
+    task: str = "text-classification",
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    new_head: bool = False,
+    config: FinetuneConfig | None = None,
+    resume: bool = True,
+    quiet: bool = False,
+) -> Result:
+    """Train a classifier on labelled texts, and save it as ``out``: weights, tokenizer, result.json.
+
+    The accuracy on the validation split is taken every ``judge_every`` steps, and the model that is saved is the one
+    that had the highest (the first of equals). Until training is done everything is in ``OUT.part``, and the same
+    call goes on from the last checkpoint to the same weights.
+
+    Args:
+        model: a folder or hub name: an encoder, a decoder or an encoder-decoder, shared or not. A head is added, with
+            the labels of the data by name; a model that has a head for classification keeps it and its labels.
+        data, validation, test: files, see :mod:`layershare.tasks`; parts without a file are held out of ``data``.
+        columns: role -> column where it is not found by its usual name.
+        new_head: replace a head that is there, for other labels.
+        resume: go on from the last checkpoint; False begins anew.
+        quiet: nothing on standard error.
+
+    Returns:
+        A Result with accuracy and macro-F1 on the test split before and after, also in ``out/result.json``.
+
+    Raises:
+        OptionError, DataError, ModelError: something given is wrong, e.g. the labels are not the model's; before any
+            training. StoreError: there is something in ``out``. TrainingError, KeyboardInterrupt: see
+            :func:`layershare.train.train`.
+    """
+    config, kind = config or FinetuneConfig(), get_task(task)
+    if kind.metric != "accuracy":
+        raise OptionError(f"finetune does not do {task} yet.", "Valid: text-classification.")
+    if config.ema_decay:
+        raise OptionError("ema_decay is not for finetune.", "The best state is kept instead of an average.")
+    judged_on, tested = ([] if file is None else [file] for file in (validation, test))
+    found = kind.read(data, validation=judged_on, test=tested, columns=columns, seed=config.seed)
+    _refuse_unseen(found)
+    seconds: dict[str, float] = {}
+    tokenizer = load_tokenizer(model)
+    net = _classifier(model, kind, found, tokenizer, new_head, config.seed)
+    length = usable_length(tokenizer, net.config, config.max_length)
+    assert found.train is not None
+    rows = kind.encode(tokenizer, found.train, length)
+    config = _settled(config, len(rows))
+    with new_folder(out, resume=True) as folder:
+        judged = found.test if found.test is not None else found.validation
+        assert judged is not None
+
+        def judge(model: Any, dataset: Any = found.validation) -> dict[str, float]:
+            return kind.evaluate(model, tokenizer, dataset, max_length=length)
+
+        with _timed("judge before", seconds):
+            before = brief("before", net, judge(net, judged))
+        best = Best(judge, kind.metric, kind.higher_is_better, config.judge_every, config.patience)
+        labels = row_labels(found.train, net.config)
+        with _timed("train", seconds):
+            history = train(
+                net, rows, Collator(tokenizer, labels=labels), _loss(kind, config), config, folder,
+                resume=resume, quiet=quiet, callbacks=[best],
+            )  # fmt: skip
+        net.cpu()
+        best.restore(net)
+        with _timed("judge after", seconds):
+            metrics = judge(net, judged)
+        net.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if (made := plan_of(net)) is not None:
+            made.save(folder / "plan.toml")
+        result = Result(
+            source=Path(str(model)).name,
+            machine=machine(torch.get_num_threads()),
+            task=kind.name,
+            metric=kind.metric,
+            higher_is_better=kind.higher_is_better,
+            data=found.describe(),
+            seed=config.seed,
+            command=" ".join(["layershare", *sys.argv[1:]]) if sys.argv[0].endswith("layershare") else "",
+            models=[before, brief("after", net, metrics, folder)],
+            plan=None if made is None else made.model_dump(mode="json"),
+            plan_picture="" if made is None else made.picture(),
+            history=[entry for entry in history if entry["step"] <= best.last],
+            seconds=seconds,
+            notes=[
+                *found.notes,
+                f"Best on the validation split after step {best.step} of {config.steps}: "
+                f"{kind.metric} {best.value:.4f}."
+                + (f" Stopped after step {best.last}." if best.last < config.steps else ""),
+                f"Settings: {json.dumps(config.model_dump(mode='json'))}",
+            ],
+        )
+        result.save(folder / "result.json")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _classifier(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_head: bool, seed: int) -> Any:
+    """The model with a head for the labels of the data, in float32."""
+    bare = sketch(model)
+    settings: dict[str, Any] = {}
+    has_head = type(bare).__name__ in CLASSIFIERS.values()
+    if not has_head or new_head:
+        names = dict(enumerate(data.labels))
+        settings = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        if has_head and len(names) != bare.config.num_labels:
+            settings["ignore_mismatched_sizes"] = True
+    else:
+        try:
+            kind.check(data, bare.config)
+        except DataError as error:
+            raise DataError(
+                error.message, "Give data with the model's labels, or --new-head for a head of its own."
+            ) from None
+    if bare.config.model_type not in CLASSIFIERS:
+        raise ModelError(f"{bare.config.model_type} has no head for classification in transformers.")
+    torch.manual_seed(seed)
+    net: Any = load_under_head(model, kind.auto_class, **settings).float()
+    if has_head and new_head:
+        torch.manual_seed(seed)
+        _renew_head(net)
+    if net.config.pad_token_id is None:  # decoders look for the last token that is not padding
+        fill = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        net.config.pad_token_id = next(token for token in fill if token is not None)
+    most = net.get_input_embeddings().num_embeddings
+    if (tokens := max(tokenizer.get_vocab().values()) + 1) > most:
+        raise ModelError(
+            f"The tokenizer has {tokens} tokens, the model only {most}.", "They do not belong together."
+        )
+    return net
+
+
+def _renew_head(net: Any) -> None:
+    """Draw the weights outside the base model anew."""
+    base = getattr(net, net.base_model_prefix)
+    inside = {id(module) for module in base.modules()}
+    for module in net.modules():
+        if module is not net and id(module) not in inside:
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            module._is_hf_initialized = False
+            net._init_weights(module)
+
+
+def _loss(kind: Task, config: FinetuneConfig) -> Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]:
+    def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        model.train(config.dropout)
+        logits = kind.forward(model, {name: batch[name] for name in INPUTS if name in batch}).logits
+        assert logits is not None
+        labels = batch["label"]
+        known = (labels != -100).sum().clamp(min=1)  # a batch may hold none but contradictory texts
+        total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+        return {"label": total / known}
+
+    return compute_loss
+
+
+def _settled(config: FinetuneConfig, rows: int) -> FinetuneConfig:
+    """With the numbers that follow from the size of the data."""
+    epoch = math.ceil(rows / config.batch_size)
+    steps = config.steps or math.ceil(config.epochs * epoch)
+    return config.model_copy(
+        update={"steps": steps, "judge_every": config.judge_every or math.ceil(epoch / 2)}
+    )
+
+
+def _refuse_unseen(data: Data) -> None:
+    if data.train is None or data.validation is None:
+        raise DataError(
+            "There is nothing to train on, or to choose on.", "Give more data, or a validation file."
+        )
+    learnt = set(data.train["label"])
+    for name, part in (("validation", data.validation), ("test", data.test)):
+        unseen = sorted(set(part["label"]) - learnt) if part is not None else []
+        if unseen:
+            raise DataError(
+                f"The label {unseen[0]!r} is in the {name} data but not in the training data "
+                f"({', '.join(sorted(learnt))}).",
+                "Give training data with every label.",
+            )
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 1)

@@ -1,0 +1,286 @@
+"""What the teacher says of every training text, computed once and kept: in memory, or in a folder for other runs too.
+
+On disk each kind of output is one ``.npy`` file, mapped into memory when read, in a folder named after the teacher's
+weights and config, the token ids and the task; so another student, seed, loss or layer map finds what is there and
+computes only what is missing, and another teacher or text finds nothing. A file appears whole or not at all.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layershare.errors import OptionError
+from layershare.heal.disk import megabytes, open_array, write_arrays
+from layershare.heal.losses import TopLogits
+from layershare.heal.teacher import Ask, Target, Wanted, live
+from layershare.tasks import Task
+from layershare.tasks.encoding import INPUTS, batches, pad
+
+FORMAT = 1
+SAMPLE = 8
+"""So many rows of a stored file are computed again, to see that it still holds what this teacher says."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of output: the shape of an entry, whether a token or a text has one, and its type when kept."""
+
+    shape: tuple[int, ...]
+    of_token: bool
+    dtype: torch.dtype
+
+    def size(self, texts: int, tokens: int) -> int:
+        return (
+            int(np.prod(self.shape, dtype=np.int64))
+            * self.dtype.itemsize
+            * (tokens if self.of_token else texts)
+        )
+
+
+class TeacherOutputs:
+    """The outputs of a teacher for rows of token ids, not computed yet: how large they are, then a way to recall them.
+
+    Args:
+        dataset: token ids, one row a text, as ``task.encode`` gives them.
+        rows: the rows that will be asked for (default: all); asking for another one is an IndexError.
+        device: where the teacher runs (default: where it is).
+        half: keep floating point numbers in float16, which halves the size and rounds to about 3 digits.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        task: Task,
+        tokenizer: Any,
+        dataset: Any,
+        wanted: Wanted = Wanted(),  # noqa: B008 - frozen
+        *,
+        rows: Sequence[int] | None = None,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        half: bool = False,
+    ) -> None:
+        self._teacher, self._task, self._wanted, self._tokenizer = teacher, task, wanted, tokenizer
+        self._device = torch.device(device) if device is not None else next(teacher.parameters()).device
+        self._batch_size, self._half = batch_size, half
+        self._rows = list(range(len(dataset))) if rows is None else sorted(set(rows))
+        names = [name for name in INPUTS if name in dataset.column_names]
+        columns = {name: dataset[name][:] for name in names}
+        self._encoded = {name: [column[i] for i in self._rows] for name, column in columns.items()}
+        lengths = torch.tensor([sum(mask) for mask in self._encoded["attention_mask"]])
+        self._starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        self._place = torch.full((len(dataset),), -1)
+        self._place[torch.tensor(self._rows)] = torch.arange(len(self._rows))
+        self.streams = {
+            name: self._stream(value) for name, value in self._say([0], live(teacher, task, wanted))
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(stream.size(*self._counts) for stream in self.streams.values())
+
+    def describe(self, names: Iterable[str] = ()) -> str:
+        """In words, for the user: the size of each kind of output, or of those with these ``names``."""
+        sizes = {name: self.streams[name].size(*self._counts) for name in names or self.streams}
+        each = ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items())
+        texts, tokens = self._counts
+        return f"{megabytes(sum(sizes.values()))} for {texts:,} texts of {tokens:,} tokens ({each})"
+
+    def in_memory(self) -> Ask:
+        """Run the teacher once over the texts and keep what it says. Equal to :func:`~.teacher.live` up to rounding: a
+        text is computed beside others than in training, so the padding differs."""
+        arrays = {
+            name: torch.empty(self._shape(name), dtype=stream.dtype) for name, stream in self.streams.items()
+        }
+        self._fill(arrays)
+        return self._recall(arrays)
+
+    def on_disk(self, folder: str | Path, say: Callable[[str], None] = lambda _: None) -> Ask:
+        """As :meth:`in_memory`, kept below ``folder`` and read from there when it is found again.
+
+        A file that is cut off, or does not hold what the teacher says of some sample rows, is computed anew. Raises
+        StoreError when the folder cannot be written or the disk has too little room, before the teacher runs.
+        """
+        home = Path(folder).expanduser() / f"{self._task.name}-{self.key()}"
+        sample = self._sample()
+        arrays = {}
+        for name in self.streams:
+            found = open_array(self._file(home, name), self._shape(name), self.streams[name].dtype)
+            if found is not None:
+                if self._holds(found, name, sample):
+                    arrays[name] = found
+                else:
+                    say(
+                        f"teacher: {self._file(home, name)} does not hold what the teacher says; computed anew"
+                    )
+        missing = [name for name in self.streams if name not in arrays]
+        if missing:
+            say(f"teacher: writing to {home}: {self.describe(missing)}")
+            files = {
+                self._file(home, name): (self._shape(name), self.streams[name].dtype) for name in missing
+            }
+            made = write_arrays(files, lambda new: self._fill(dict(zip(missing, new, strict=True))))
+            arrays |= dict(zip(missing, made, strict=True))
+        else:
+            say(f"teacher: outputs read from {home}: {self.describe()}")
+        return self._recall(arrays)
+
+    def key(self) -> str:
+        """A hash of everything that decides what the teacher says of the texts."""
+        digest = hashlib.sha256(json.dumps([FORMAT, self._task.name]).encode())
+        digest.update(model_hash(self._teacher).encode())
+        for name, column in self._encoded.items():
+            digest.update(name.encode())
+            for row in column:
+                digest.update(np.asarray(row, dtype=np.int64).tobytes() + b"/")
+        return digest.hexdigest()[:16]
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        return len(self._rows), int(self._starts[-1])
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        stream = self.streams[name]
+        return (self._counts[stream.of_token], *stream.shape)
+
+    def _stream(self, found: tuple[Tensor, bool]) -> Stream:
+        value, of_token = found
+        kept = torch.float16 if self._half else torch.float32
+        return Stream(tuple(value.shape[1:]), of_token, kept if value.is_floating_point() else torch.int32)
+
+    def _say(self, where: Sequence[int], ask: Ask) -> list[tuple[str, tuple[Tensor, bool]]]:
+        """What the teacher says of some texts (numbers among the rows kept), as named streams, in one batch."""
+        rows = [{name: column[i] for name, column in self._encoded.items()} for i in where]
+        return list(self._ask(pad(self._tokenizer, rows), where, ask).items())
+
+    def _ask(
+        self, batch: Mapping[str, Tensor], where: Sequence[int], ask: Ask
+    ) -> dict[str, tuple[Tensor, bool]]:
+        inputs = {name: values.to(self._device) for name, values in batch.items()}
+        return _flat(ask(inputs, torch.tensor(where)), inputs["attention_mask"].bool(), self._wanted)
+
+    def _fill(self, arrays: Mapping[str, Tensor]) -> None:
+        ask = live(self._teacher, self._task, self._wanted)
+        for where, batch in batches(self._tokenizer, self._encoded, self._batch_size):
+            slots = self._slots(torch.tensor(where))
+            for name, (value, of_token) in self._ask(batch, where, ask).items():
+                if name not in arrays:
+                    continue
+                kept = value.to("cpu", arrays[name].dtype)
+                if self._half and bool(kept.isinf().any()) and not bool(value.isinf().any()):
+                    raise OptionError(
+                        f"The teacher's outputs ({name}) are too large for float16.",
+                        "Set cache_precision to float32.",
+                    )
+                arrays[name][slots if of_token else torch.tensor(where)] = kept
+
+    def _slots(self, at: Tensor) -> Tensor:
+        return torch.cat([torch.arange(int(self._starts[i]), int(self._starts[i + 1])) for i in at])
+
+    def _recall(self, arrays: Mapping[str, Tensor]) -> Ask:
+        def recall(inputs: Mapping[str, Tensor], rows: Tensor) -> Target:
+            at = self._place[rows.cpu()]
+            if bool((at < 0).any()):
+                raise IndexError(f"No target was computed for rows {rows[at < 0].tolist()}.")
+            mask = inputs["attention_mask"].bool()
+            slots = self._slots(at)
+            values = {}
+            for name, array in arrays.items():
+                of_token = self.streams[name].of_token
+                value = array[slots if of_token else at].to(mask.device)
+                value = value.float() if value.is_floating_point() else value.long()
+                if of_token:
+                    padded = value.new_zeros(*mask.shape, *value.shape[1:])
+                    padded[mask] = value
+                    value = padded
+                values[name] = value
+            return _target(values, self._wanted)
+
+        return recall
+
+    # ---- on disk
+
+    def _file(self, home: Path, name: str) -> Path:
+        return home / f"{name}{'.float16' if self._half else ''}.npy"
+
+    def _sample(self) -> dict[str, tuple[list[int], Tensor]]:
+        """Name -> (places, what the teacher says there), for rows spread over all."""
+        step = max(1, len(self._rows) // SAMPLE)
+        where = list(range(0, len(self._rows), step))[:SAMPLE]
+        at = {True: self._slots(torch.tensor(where)).tolist(), False: where}
+        said = self._say(where, live(self._teacher, self._task, self._wanted))
+        return {name: (at[of_token], value.cpu()) for name, (value, of_token) in said}
+
+    def _holds(self, array: Tensor, name: str, sample: Mapping[str, tuple[list[int], Tensor]]) -> bool:
+        places, said = sample[name]
+        if not said.is_floating_point():
+            return True  # which of two equal logits comes first is left to chance
+        finite = said.isfinite()
+        size = float(said[finite].abs().max()) if bool(finite.any()) else 0.0
+        kept = array[places].float()
+        return torch.allclose(
+            kept, said.float(), rtol=0, atol=(2e-3 if self._half else 1e-4) * max(size, 1e-3)
+        )
+
+
+def model_hash(model: nn.Module) -> str:
+    """A hash of a model's weights and of what its config says about computing with them."""
+    config: Any = model.config
+    told = json.loads(config.to_json_string(use_diff=True))
+    for name in ("_name_or_path", "transformers_version", "architectures", "use_cache"):
+        told.pop(name, None)
+    digest = hashlib.sha256(json.dumps([type(model).__name__, told], sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tell(text: str) -> None:
+    """On standard error, which is for what happens."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _flat(target: Target, mask: Tensor, wanted: Wanted) -> dict[str, tuple[Tensor, bool]]:
+    """Name -> (entries, whether they are of tokens), end to end without padding."""
+    found: dict[str, tuple[Tensor, bool]] = {}
+    if target.embedding is not None:
+        found["embedding"] = target.embedding, False
+    if isinstance(target.logits, TopLogits):
+        of_token = target.logits.rest.ndim == 2
+        for part, value in target.logits._asdict().items():
+            found[f"top-{wanted.top}-{wanted.temperature:g}-{part}"] = (
+                value[mask] if of_token else value,
+                of_token,
+            )
+    elif target.logits is not None:
+        of_token = target.logits.ndim == 3
+        found["logits"] = target.logits[mask] if of_token else target.logits, of_token
+    found |= {f"hidden-{layer}": (value[mask], True) for layer, value in target.hidden.items()}
+    found |= {f"{name}-{wanted.relations}": (value[mask], True) for name, value in target.relations.items()}
+    return found
+
+
+def _target(values: Mapping[str, Tensor], wanted: Wanted) -> Target:
+    """The inverse of :func:`_flat`, padded again."""
+    top = f"top-{wanted.top}-{wanted.temperature:g}"
+    logits: Tensor | TopLogits | None = values.get("logits")
+    if f"{top}-rest" in values:
+        logits = TopLogits(*(values[f"{top}-{part}"] for part in TopLogits._fields))
+    relations = {name: f"{name}-{wanted.relations}" for name in ("q", "k", "v")}
+    return Target(
+        values.get("embedding"),
+        logits,
+        {layer: values[f"hidden-{layer}"] for layer in wanted.hidden},
+        {name: values[key] for name, key in relations.items() if key in values},
+    )

@@ -1,0 +1,73 @@
+"""How to distil, as typed settings."""
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from layershare.config import Config
+from layershare.train import TrainConfig
+
+
+class LossWeights(Config):
+    """The weight of each term of the loss; 0 leaves it out, and so does a task without such an output."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    embedding: float = Field(10.0, ge=0, description="1 - cosine to the teacher's embedding.")
+    similarity: float = Field(
+        100.0, ge=0, description="Squared difference of the cosines between texts of a batch."
+    )
+    hidden: float = Field(
+        1.0, ge=0, description="Squared error of hidden states, relative to the teacher's size."
+    )
+    logits: float = Field(1.0, ge=0, description="(KL T^2 + lambda_mse MSE) / 2 of the logits.")
+    labels: float = Field(
+        0.0, ge=0, description="Cross-entropy with the true labels, where the data has any."
+    )
+    relation: float = Field(
+        0.0,
+        ge=0,
+        description="KL of the query, key and value relations between tokens, in one layer (MiniLMv2).",
+    )
+
+
+class DistillConfig(TrainConfig):
+    """How to distil: the fields of :class:`~layershare.train.TrainConfig`, and what is compared."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    steps: int = Field(600, ge=1, description="Optimizer steps.")
+    learning_rate: float = Field(1.5e-3, gt=0, description="Peak of the learning rate (AdamW).")
+    max_length: int = Field(128, ge=4, description="Longer training texts are cut to this many tokens.")
+    weights: LossWeights = LossWeights()
+    temperature: float = Field(
+        2.0, gt=0, le=100, description="T of the KL term; higher looks more at unlikely classes."
+    )
+    lambda_mse: float = Field(1.0, ge=0, description="Weight of the MSE of logits beside the KL.")
+    top_k: int = Field(
+        0, ge=0, description="Keep this many of the teacher's logits an entry, and the rest as one; 0: all."
+    )
+    relation_layer: int | None = Field(
+        None,
+        ge=0,
+        description="Teacher layer of the relation term, from 0; default the last. The student's: its last.",
+    )
+    relation_heads: int = Field(
+        0,
+        ge=0,
+        description="Pieces that queries, keys and values are cut into; 0: the teacher's attention heads.",
+    )
+    augment: float = Field(
+        0.0, ge=0, lt=1, description="Chance of leaving out each token; the teacher then sees the same gaps."
+    )
+    dropout: bool = Field(False, description="Whether the student trains with its dropout.")
+    train_embeddings: bool = Field(False, description="Whether embedding tables are trained too.")
+    cache_mb: int = Field(
+        4096,
+        ge=0,
+        description="Most that the teacher's outputs may take. In memory: else they are computed at each step; "
+        "in a folder: else it is an error.",
+    )
+    cache_precision: Literal["float32", "float16"] = Field(
+        "float32", description="float16 halves what the teacher's outputs take, and rounds them to 3 digits."
+    )

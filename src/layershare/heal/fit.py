@@ -1,0 +1,101 @@
+"""Whether a student and a teacher can be compared at all: said before anything is computed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from layershare.errors import ModelError, OptionError
+from layershare.heal.config import DistillConfig
+from layershare.tasks import Task
+
+
+def active_weights(task: Task, weights: Mapping[str, float], labelled: bool) -> dict[str, float]:
+    """The terms that are left for a task, by name. OptionError when none is, or labels are wanted without any there."""
+    usable = ["hidden", "relation"]
+    usable += ["embedding", "similarity"] if task.auto_class == "AutoModel" else ["logits", "labels"]
+    if weights["labels"] > 0 and "labels" in usable and not labelled:
+        raise OptionError(
+            f"weights.labels is {weights['labels']:g}, but {task.name} has no labels to train on here.",
+            "Set it to 0: distillation needs none.",
+        )
+    active = {name: value for name, value in weights.items() if value > 0 and name in usable}
+    if not active:
+        raise OptionError(
+            f"No loss is left for {task.name}: all usable weights are 0.",
+            f"Raise one of {', '.join(usable)}.",
+        )
+    return active
+
+
+def check_pair(student: Any, teacher: Any, tokenizer: Any, active: Mapping[str, float]) -> None:
+    """ModelError where the two read different tokens, give different labels, or embeddings of different width."""
+    check_words(student, teacher, tokenizer)
+    ours, theirs = student.config, teacher.config
+    if {"logits", "labels"} & active.keys():
+        check_labels(ours, theirs)
+    if "embedding" in active and ours.hidden_size != theirs.hidden_size:
+        raise ModelError(
+            f"The embeddings differ in width (student {ours.hidden_size}, teacher {theirs.hidden_size}).",
+            "Set weights.embedding to 0; weights.similarity serves any width.",
+        )
+
+
+def check_words(student: Any, teacher: Any, tokenizer: Any) -> None:
+    """ModelError unless both models read the token ids of ``tokenizer``."""
+    sizes = {name: model.get_input_embeddings().weight.shape[0] for name, model in _named(student, teacher)}
+    if sizes["student"] != sizes["teacher"]:
+        raise ModelError(
+            f"The vocabularies differ: the student has {sizes['student']:,} tokens, the teacher {sizes['teacher']:,}.",
+            "Both models must read the same token ids; give the model that the student was made from.",
+        )
+    if len(tokenizer) > sizes["teacher"]:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer):,} tokens, the models {sizes['teacher']:,}.",
+            "Give the tokenizer that belongs to them.",
+        )
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """ModelError unless two tokenizers give every token the same id."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        other = [token for token in theirs if ours.get(token) != theirs[token]] or list(
+            ours.keys() - theirs.keys()
+        )
+        raise ModelError(
+            f"The vocabularies differ in {len(other):,} tokens (one is {sorted(other)[0]!r}).",
+            "Both models must read the same token ids; give the model that the student was made from.",
+        )
+
+
+def check_labels(student: Any, teacher: Any) -> None:
+    """ModelError unless the logits of two configs mean the same. A student whose labels have no names takes all."""
+    if student.num_labels != teacher.num_labels:
+        raise ModelError(f"The student has {student.num_labels} labels, the teacher {teacher.num_labels}.")
+    ours, theirs = ([str(c.id2label[i]) for i in range(c.num_labels)] for c in (student, teacher))
+    if ours != theirs and ours != [f"LABEL_{i}" for i in range(len(ours))]:
+        raise ModelError(
+            f"The labels differ: the student's are {', '.join(ours)}, the teacher's {', '.join(theirs)}.",
+            "Their order counts too. Give the model that the student was made from.",
+        )
+
+
+def relation_heads(student: Any, teacher: Any, config: DistillConfig) -> int:
+    """Into how many pieces the queries, keys and values of both models are cut."""
+    heads = config.relation_heads or teacher.config.num_attention_heads
+    for name, model in _named(student, teacher):
+        size = model.config.hidden_size
+        if size % heads:
+            raise OptionError(
+                f"relation_heads {heads} does not divide the {name}'s hidden size {size}.",
+                "Set it to a divisor of both models' sizes.",
+            )
+    depth = teacher.config.num_hidden_layers
+    if config.relation_layer is not None and config.relation_layer >= depth:
+        raise OptionError(
+            f"relation_layer {config.relation_layer}: the teacher has the layers 0 to {depth - 1}."
+        )
+    return heads
+
+
+def _named(student: Any, teacher: Any) -> tuple[tuple[str, Any], tuple[str, Any]]:
+    return ("student", student), ("teacher", teacher)

@@ -1,0 +1,73 @@
+"""Whose hidden states are compared with whose, also between models of different depth and width."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from layershare.errors import OptionError
+
+LayerMap = Sequence[tuple[int, int]]
+"""(student position, teacher position) pairs, counted from 0: whose output is compared with whose."""
+
+
+def matching_layers(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Each student layer with the teacher layer at the same share of the depth; the last ones always match.
+
+    >>> matching_layers(3, 6)
+    [(0, 1), (1, 3), (2, 5)]
+    """
+    return [(i, max(0, round((i + 1) * teacher_layers / student_layers) - 1)) for i in range(student_layers)]
+
+
+def kept_layers(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int]]:
+    """The layer map of a student that has only the teacher's layers ``kept`` (ascending, from 0).
+
+    The output of a kept layer is what the next kept layer reads; in the teacher that is the output of the
+    layer just before that one. The last output is compared with the teacher's last.
+
+    >>> kept_layers([0, 3, 5], 6)
+    [(0, 2), (1, 4), (2, 5)]
+    """
+    reads = [layer - 1 for layer in kept[1:]]
+    return list(enumerate([*reads, teacher_layers - 1]))
+
+
+def layer_pairs(student: Any, teacher: Any, given: LayerMap | None) -> LayerMap:
+    """``given`` if it names layers that are there, or else :func:`matching_layers` of the two depths."""
+    ours, theirs = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    pairs = matching_layers(ours, theirs) if given is None else list(given)
+    for i, j in pairs:
+        if not (0 <= i < ours and 0 <= j < theirs):
+            raise OptionError(
+                f"The layer map pairs student layer {i} with teacher layer {j}, "
+                f"but the student has {ours} layers and the teacher {theirs}.",
+                "Positions count from 0.",
+            )
+    return pairs
+
+
+@contextmanager
+def projections(
+    student: Any, teacher: Any, pairs: LayerMap, seed: int
+) -> Iterator[list[Callable[[Tensor], Tensor]] | None]:
+    """Within it, ``student`` has a linear map for each of these pairs of layers, from its hidden size to the teacher's
+    (TinyBERT, Jiao et al. 2019, arXiv 1909.10351), trained and saved in checkpoints like its own weights; behind it
+    they are gone. None where both models have one hidden size: nothing to map."""
+    ours, theirs = student.config.hidden_size, teacher.config.hidden_size
+    if ours == theirs or not pairs:
+        yield None
+        return
+    draw, device = torch.Generator().manual_seed(seed), next(student.parameters()).device
+    weights = [
+        nn.Parameter((torch.randn(theirs, ours, generator=draw) / ours**0.5).to(device)) for _ in pairs
+    ]
+    student.layershare_projections = nn.ParameterList(weights)
+    try:
+        yield [partial(functional.linear, weight=weight) for weight in weights]
+    finally:
+        del student.layershare_projections

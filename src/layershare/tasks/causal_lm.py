@@ -1,0 +1,89 @@
+"""Causal language modelling: each token from those before it (Radford et al. 2019). Judged by perplexity.
+
+With ``separate`` a document does not see the ones before it in its block: positions count anew from each separator,
+which transformers reads as packed sequences and masks accordingly. The first token of a document is then not asked for.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layershare.tasks.corpus import COLUMNS
+from layershare.tasks.language import (
+    Guessing,
+    Objective,
+    Words,
+    check_any,
+    evaluator,
+    forward_lm,
+    perplexity,
+    read_texts,
+    texts_of,
+)
+from layershare.tasks.masking import IGNORED
+from layershare.tasks.packing import Frame, packed_dataset, separator_of
+from layershare.tasks.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+
+def frame(tokenizer: Any) -> Frame:
+    """Nothing around a block; documents end with the end-of-text token."""
+    return Frame(separator=separator_of(tokenizer))
+
+
+def encode(tokenizer: Any, dataset: "Dataset", max_length: int) -> "Dataset":
+    """Packed blocks of ``max_length`` tokens, not one row a text."""
+    return packed_dataset(tokenizer, dataset, frame(tokenizer), max_length)
+
+
+def check(words: Words, size: int, guessing: Guessing) -> None:
+    """Every tokenizer with a separator will do."""
+
+
+def batch(
+    blocks: Sequence[Sequence[int]],
+    draws: Sequence[np.random.Generator],  # noqa: ARG001 - nothing is drawn
+    words: Words,
+    guessing: Guessing,
+) -> "dict[str, Tensor]":
+    """``input_ids`` and ``labels`` [B, T]: at each place the next token."""
+    import torch
+
+    ids = np.asarray(blocks, dtype=np.int64)
+    labels = np.full_like(ids, IGNORED)
+    labels[:, :-1] = ids[:, 1:]
+    if not guessing.separate:
+        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    ends = ids == words.separator
+    labels[ends] = IGNORED
+    places = np.arange(ids.shape[1])
+    starts = np.zeros_like(ids)
+    starts[:, 1:] = np.where(ends[:, :-1], places[1:], 0)
+    positions = places - np.maximum.accumulate(starts, axis=1)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+TASK = Task(
+    name="causal-lm",
+    auto_class="AutoModelForCausalLM",
+    metric="perplexity",
+    higher_is_better=False,
+    columns=COLUMNS,
+    optional=frozenset(),
+    read=read_texts,
+    encode=encode,
+    texts=texts_of,
+    check=check_any,
+    forward=forward_lm,
+    evaluate=evaluator(lambda: OBJECTIVE),
+    metric_of=perplexity,
+)
+OBJECTIVE: Objective = Objective(TASK, "byte-level BPE", frame, check, batch)
