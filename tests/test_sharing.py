@@ -122,6 +122,8 @@ def test_unshare_undoes_share(tiny, batch_for, kind, name):
     assert not any(isinstance(module, FactoredLinear) for module in free.modules())
     counts = count(free)
     assert counts.layer_unique == counts.layer_effective
+    layers = [p for stack in find_stacks(free) for p in free.get_submodule(stack.name).parameters()]
+    assert len({parameter.data_ptr() for parameter in layers}) == len(layers)
     if not any(stack.gates for stack in plan.stacks):
         assert plan_of(free) is None
         assert not hasattr(free.config, "quantization_config")
@@ -230,20 +232,25 @@ def test_corrections_bring_every_position_nearer_to_its_own_weight(tiny, kind):
     assert away[-1] < 0.2 * away[0]
 
 
-def test_activations_decide_where_the_error_lies(tiny, batch_for):
+@pytest.mark.parametrize("group", [dict(), dict(method="basis"), dict(method="basis", side="output")])
+def test_activations_decide_where_the_error_lies(tiny, batch_for, group):
     model, batch = tiny("bert"), batch_for("bert")
-    plan = one(model, Group(positions=(0, 1), parts=("attention.self.*.weight",), rank=2))
+    plan = one(model, Group(positions=(0, 1), parts=("attention.self.*.weight",), rank=2, **group))
     blind, seeing = share(model, plan), share(model, plan, calibration=[batch])
     assert (seeing.config.quantization_config.made, blind.config.quantization_config.made) == (
         {"whitened": True},
         {"whitened": False},
     )
-    name = "encoder.layer.1.attention.self.query"
-    gram = collect(model, [name], [batch])[name]
-    wrong = {s: model.get_submodule(name).weight - s.get_submodule(name).weight for s in (blind, seeing)}
-    error = {s: torch.einsum("oi,ij,oj->", w, gram, w).item() for s, w in wrong.items()}
+    names = [f"encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+    grams = collect(model, names, [batch])
+    error, distance = dict.fromkeys((blind, seeing), 0.0), dict.fromkeys((blind, seeing), 0.0)
+    for student in (blind, seeing):
+        for name in names:
+            rest = model.get_submodule(name).weight - student.get_submodule(name).weight
+            error[student] += torch.einsum("oi,ij,oj->", rest, grams[name], rest).item()
+            distance[student] += rest.square().sum().item()
     assert error[seeing] < error[blind]
-    assert wrong[blind].norm() < wrong[seeing].norm()
+    assert distance[blind] < distance[seeing]
 
 
 def test_regmean_uses_the_activations(tiny, batch_for):

@@ -172,7 +172,7 @@ def spread(length: int, unique: int) -> tuple[int, ...]:
     """``unique`` positions evenly spaced from the first to the last, both included ("Stepwise", 2410.20672)."""
     if not 1 <= unique <= length:
         raise PlanError(f"unique = {unique} does not suit {length} layers.", f"Give 1 to {length}.")
-    return tuple(round(i * (length - 1) / max(unique - 1, 1)) for i in range(unique))
+    return tuple(int(i * (length - 1) / max(unique - 1, 1) + 0.5) for i in range(unique))
 
 
 def drop_to(stack: Stack, kept: Sequence[int]) -> StackPlan:

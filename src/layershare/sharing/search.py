@@ -13,7 +13,7 @@ from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.gate import add_gate, remove_gate
 from layershare.sharing.layout import predict
-from layershare.sharing.make import gated_to, gates_of, matrix_parts, users_of
+from layershare.sharing.make import drop_to, gated_to, gates_of, matrix_parts, spread, users_of
 from layershare.stacks import Stack, Weight
 
 # Kept positions hold about this share of their parameters. Found on all-MiniLM-L6-v2 (docs/log.md): fewer, denser
@@ -51,17 +51,15 @@ def least_missed(model: nn.Module, stack: Stack, keep: int, change: Callable[[],
 def automatic(
     model: nn.Module, stacks: Sequence[Stack], budget: float, change: Callable[[], float]
 ) -> SharingPlan:
-    """``auto``: what lost least on all-MiniLM-L6-v2 (docs/log.md), for each stack.
+    """``auto``: what lost least on all-MiniLM-L6-v2 after healing (docs/log.md), for each stack.
 
-    A generous budget (``GENEROUS``) keeps whole layers: those that are missed most are stored, all other positions use
-    the nearest stored one behind a gate that starts at 0. A tight one drops positions and factorises the others.
+    A generous budget (``GENEROUS``) stores whole layers, evenly spread; all other positions use the nearest stored one
+    behind a gate that starts at 0. A tight one drops the positions that are missed least and factorises the others.
     """
     plans = []
     for stack in stacks:
         if budget >= GENEROUS:
-            keep = max(1, _whole_layers(stack, budget))
-            dropped = least_missed(model, stack, keep, change)
-            kept = [position for position in range(stack.length) if position not in dropped]
+            kept = spread(stack.length, max(1, int(budget * stack.length + 1e-6)))
             plans.append(gated_to(stack, kept, matrix_parts(stack)))
         else:
             drop = least_missed(model, stack, positions_for(stack, budget), change)
@@ -69,20 +67,18 @@ def automatic(
     return SharingPlan(stacks=tuple(plans))
 
 
-def _whole_layers(stack: Stack, budget: float) -> int:
-    """How many whole layers a budget holds; vectors of the other positions (under 1 % of a layer) come on top."""
-    return int(budget * stack.length + 1e-6)
-
-
 def drop_only(
-    model: nn.Module, stacks: Sequence[Stack], budget: float, change: Callable[[], float]
+    model: nn.Module,  # noqa: ARG001 - one signature for all
+    stacks: Sequence[Stack],
+    budget: float,
+    change: Callable[[], float],  # noqa: ARG001
 ) -> SharingPlan:
-    """``drop``: the positions that are missed most, whole, as many as come nearest to the budget; to compare with."""
-    plans = []
-    for stack in stacks:
-        dropped = least_missed(model, stack, max(1, round(budget * stack.length)), change)
-        plans.append(StackPlan(name=stack.name, length=stack.length, drop=dropped))
-    return SharingPlan(stacks=tuple(plans))
+    """``drop``: layer drop to compare with: as many positions as come nearest to the budget, evenly spread.
+
+    Spread healed better than the positions that are missed most (0.8185 against 0.8167 at 50 %; docs/log.md).
+    """
+    kept = {stack: spread(stack.length, max(1, round(budget * stack.length))) for stack in stacks}
+    return SharingPlan(stacks=tuple(drop_to(stack, positions) for stack, positions in kept.items()))
 
 
 SEARCHED: dict[str, Callable[..., SharingPlan]] = {"auto": automatic, "drop": drop_only}
