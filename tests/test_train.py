@@ -147,6 +147,8 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_with_the_same_bits(tiny, dataset,
             os.kill(os.getpid(), signal.SIGINT)
         return to_one(model, batch)
 
+    # A shell starts background jobs with Ctrl-C ignored, and then nothing here would be put to the test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt, match=f"after step {at} of 12.*goes on from"):
         train(tiny("bert"), dataset, collate, interrupted, config, tmp_path / "parts", quiet=True)
     assert len(calls) == at

@@ -49,6 +49,7 @@ class TrainConfig(Config):
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which it rises from 0.")
     schedule: Literal["linear", "cosine"] = Field("linear", description="How it falls to 0 after that.")
     weight_decay: float = Field(0.01, ge=0, description="On matrices; biases and norms have none.")
+    adam_beta2: float = Field(0.999, gt=0, lt=1, description="Memory of squared gradients (AdamW).")
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this norm.")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="Average the weights over steps with this decay; 0 keeps the last ones."
@@ -124,7 +125,7 @@ def train(
         warmup_steps=round(config.warmup_ratio * config.steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        adam_beta2=0.98,  # runs of a few hundred steps: 0.999 would remember the warm-up to the end
+        adam_beta2=config.adam_beta2,
         bf16=config.precision == "bfloat16",
         seed=config.seed,
         train_sampling_strategy="sequential",

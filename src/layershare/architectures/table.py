@@ -197,7 +197,8 @@ were there: {packages}.
 LAWS = """
 A small random model of each type was shared by four presets and put to the laws by `benchmarks/architectures.py`:
 **{passed} of {tried}** model types keep them all ({outcomes}).
-*n/a* beside a pass counts laws that say nothing there: the stock model does not keep them either, or has nothing that the preset could share.
+*n/a* beside a pass counts laws that say nothing there: the unshared model with the same weights does not keep them
+either, or has nothing that the preset could share.
 
 The laws, for each preset: finite forward; saved and loaded with the auto class, outputs bit-identical; bytes on
 disk within 2% of the unique ones (and the header); tied after loading and after an optimizer step; the same tokens
