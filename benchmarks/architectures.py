@@ -31,7 +31,7 @@ WALL_SECONDS = 300
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types, default all")
-    parser.add_argument("--results", type=Path, default=Path("docs/architectures-laws.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--again", action="store_true", help="repeat what did not pass")
     options = parser.parse_args()
     quiet()

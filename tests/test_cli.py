@@ -16,6 +16,7 @@ from layershare.errors import OptionError
 from layershare.measure import compare
 
 VERBS = ["compress", "plan", "share", "distill", "evaluate", "verify", "report", "demo"]
+VERBS += ["pretrain", "finetune", "adapt", "prune", "run", "architectures"]
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ ROOMS = (
     ("errors", "_when", "options"),
     ("config",),
     ("plan", "presets", "result"),
+    ("stages",),
     ("linear", "stacks", "sharing.merge", "sharing.lowrank", "heal.losses"),
     ("sharing",),
     ("adapt", "architectures", "heal", "prune", "store", "measure", "analyse", "tasks", "train"),
     ("export", "report"),
-    ("compress", "recipe", "demo", "pretrain", "finetune"),
+    ("compress", "sharing.folder", "recipe", "demo", "pretrain", "finetune"),
     ("cli", "__main__", ""),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

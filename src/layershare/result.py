@@ -74,6 +74,9 @@ class Figures(_Saved):
     bytes_on_disk: int | None = Field(None, description="weight files only")
     peak_memory_bytes: int | None = Field(None, description="peak resident memory to load and run one batch")
     flops_per_text: int | None = Field(None, description="2 per multiply-add, matrix products only")
+    sparsity: float | None = Field(
+        None, ge=0, le=1, description="zeros among the stored weights of the layers' matrices"
+    )
     latency: list[Latency] = Field(default_factory=list)
 
     def speed(self, batch: int, tokens: int | None = None) -> Latency | None:
@@ -178,6 +181,11 @@ class Result(_Saved):
             _row("layer parameters, used", "{:,}", [model.layer_parameters_effective for model in models]),
             _row("all parameters, stored", "{:,}", [model.parameters_unique for model in models]),
             _row("all parameters, used", "{:,}", [model.parameters_effective for model in models]),
+            *(
+                [_row("zeros in the layers", "{:.1%}", [model.sparsity for model in models])]
+                if any(model.sparsity for model in models)
+                else []
+            ),
             _row("weights on disk", "{:.1f} MB", [_scaled(model.bytes_on_disk, 1e-6) for model in models]),
             _row("peak memory", "{:.1f} MB", [_scaled(model.peak_memory_bytes, 1e-6) for model in models]),
             _row(

@@ -22,17 +22,20 @@ def adapt_folder(
     training: MatchConfig | None = None,
     teacher: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    test: Sequence[Path] = (),
+    validation: Sequence[Path] = (),
 ) -> list[dict[str, float]]:
     """Train small modules on the frozen ``model`` and save them, with the tokenizer, as the adapter folder ``out``.
 
     With ``teacher``, a large model, its outputs are matched and no labels are needed; without, the labels of the data
     are learnt. Until it is done, the checkpoints are in ``OUT.part``; the same call goes on from the last one.
+    ``test``, ``validation``: files whose texts are not trained on; default: parts of ``data``, held out.
     Returns the history of the training. Raises StoreError if there is something in ``out``, and OptionError, DataError,
     ModelError, DependencyError and TrainingError.
     """
     load_peft()
     kind, config, training = get_task(task), config or AdaptConfig(), training or MatchConfig()
-    found = kind.read(data, columns=columns, seed=training.seed)
+    found = kind.read(data, columns=columns, test=test, validation=validation, seed=training.seed)
     with new_folder(out, resume=True) as folder:
         base, tokenizer = load_model(model, kind.auto_class), load_tokenizer(model)
         kind.check(found, base.config)

@@ -24,6 +24,8 @@ def heal_folder(
     out: str | Path,
     *,
     columns: Mapping[str, str] | None = None,
+    test: Sequence[Path] = (),
+    validation: Sequence[Path] = (),
     config: DistillConfig | None = None,
     cache: str | Path | None = None,
 ) -> list[dict[str, float]]:
@@ -31,11 +33,12 @@ def heal_folder(
 
     Until it is done, the checkpoints are in ``OUT.part``; the same call goes on from the last one.
     ``cache``: a folder in which the teacher's outputs are kept for other runs.
+    ``test``, ``validation``: files whose texts are not trained on; default: parts of ``data``, held out.
     Returns the history of the training, see :func:`layershare.heal.distill.distill`.
     Raises StoreError if there is something in ``out``, and OptionError, DataError, ModelError and TrainingError.
     """
     kind, config = get_task(task), config or DistillConfig()
-    found = kind.read(data, columns=columns, seed=config.seed)
+    found = kind.read(data, columns=columns, test=test, validation=validation, seed=config.seed)
     with new_folder(out, resume=True) as folder:
         model, original = load_model(student, kind.auto_class), load_model(teacher, kind.auto_class)
         pairs, tokenizer = layer_map(plan_of(model)), load_tokenizer(teacher)

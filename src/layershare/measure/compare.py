@@ -9,7 +9,7 @@ from layershare.measure.cost import flops
 from layershare.measure.latency import latency
 from layershare.measure.machine import fixed_threads
 from layershare.measure.memory import peak_memory
-from layershare.measure.size import bytes_on_disk
+from layershare.measure.opening import base_of, bytes_with_base, open_measured, sparsity_of
 from layershare.result import Figures, Latency
 from layershare.tasks.encoding import pad, usable_length
 
@@ -30,12 +30,12 @@ def compare(
     memory: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Figures]:
-    """Measures quality, parameters, bytes, memory, FLOPs and latency of model folders, on the CPU.
+    """Measures quality, parameters, bytes, sparsity, memory, FLOPs and latency of model folders, on the CPU.
 
     Speed is measured on texts of median length: typical of the data, and they need little padding.
 
     Args:
-        models: label -> folder; the first is the original, to which the others are compared.
+        models: label -> folder of a model or an adapter; the first is the original, to which the others are compared.
         task: how to load and judge them.
         data: what ``task.read`` gave; judged on ``data.test``, or else ``data.validation``.
         batches: batch sizes to time; FLOPs are per text of the largest one, memory is for one pass of it.
@@ -54,11 +54,11 @@ def compare(
         ModelError, StoreError: a folder cannot be loaded.
     """
     from layershare.sharing import count
-    from layershare.store.open import load_model, load_tokenizer
+    from layershare.store.open import load_tokenizer
 
     dataset = held_out(data)
     with fixed_threads(threads) as used:
-        loaded = {label: load_model(folder, task.auto_class) for label, folder in models.items()}
+        loaded = {label: open_measured(folder, task.auto_class) for label, folder in models.items()}
         original = next(iter(loaded))
         needs_teacher = task.metric_of(dataset) == "agreement"
         metrics: dict[str, dict[str, float]] = {}
@@ -66,10 +66,14 @@ def compare(
             progress(f"judge {label}")
             teacher = loaded[original] if needs_teacher else None
             metrics[label] = task.evaluate(
-                loaded[label], load_tokenizer(folder), dataset, max_length=max_length, teacher=teacher
+                loaded[label],
+                load_tokenizer(base_of(folder) or folder),
+                dataset,
+                max_length=max_length,
+                teacher=teacher,
             )
 
-        tokenizer = load_tokenizer(models[original])
+        tokenizer = load_tokenizer(base_of(models[original]) or models[original])
         length = usable_length(tokenizer, loaded[original].config, max_length)
         some = dataset.select(range(min(len(dataset), 1000)))
         rows = typical(list(task.encode(tokenizer, some, length)), max(batches))
@@ -95,11 +99,12 @@ def compare(
                     parameters_effective=counts.effective,
                     layer_parameters_unique=counts.layer_unique,
                     layer_parameters_effective=counts.layer_effective,
-                    bytes_on_disk=bytes_on_disk(folder),
+                    bytes_on_disk=bytes_with_base(folder),
                     peak_memory_bytes=peak_memory(folder, task.auto_class, batch, threads=used)
                     if memory
                     else None,
                     flops_per_text=round(flops(loaded[label], batch) / max(batches)),
+                    sparsity=sparsity_of(loaded[label]) if base_of(folder) is None else None,
                     latency=speeds[label],
                 )
             )

@@ -33,7 +33,7 @@ def peak_memory(
     are touched, so the rows of an embedding that the batch does not look up are not in it.
 
     Args:
-        folder: a model folder.
+        folder: a model folder, or an adapter folder.
         auto_class: name of the transformers class that loads it, such as ``AutoModel``.
         batch: tensors of shape [texts, tokens].
         threads: compute threads of the child (default: what it finds).
@@ -86,12 +86,16 @@ def _measure_here(folder: str, auto_class: str, batch_file: str) -> int:
     import transformers
     from safetensors.torch import load_file
 
-    from layershare.store.open import load_model
+    from layershare.measure.opening import base_of, open_measured
+
+    base = base_of(folder)
+    if base is not None:
+        import peft  # noqa: F401
 
     auto = getattr(transformers, auto_class)
     batch = load_file(batch_file)
     with torch.device("meta"):  # imports the model's code without allocating its weights
-        auto.from_config(transformers.AutoConfig.from_pretrained(folder))
+        auto.from_config(transformers.AutoConfig.from_pretrained(base or folder))
     torch.nn.Linear(64, 64)(torch.zeros(8, 64))  # sets up threads and the matrix library
 
     before = status_bytes(STATUS.read_text(), "VmRSS")
@@ -99,7 +103,7 @@ def _measure_here(folder: str, auto_class: str, batch_file: str) -> int:
         OSError
     ):  # where a container forbids it, the imports' peak stays in: an upper bound
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    model = load_model(folder, auto_class)
+    model = open_measured(folder, auto_class)
     with torch.inference_mode():
         model(**batch)
     return status_bytes(STATUS.read_text(), "VmHWM") - before

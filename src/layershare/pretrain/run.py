@@ -286,6 +286,7 @@ def _probe(
         places = torch.tensor([[*range(len(some) + 1), *range(len(some))]])
         with torch.no_grad():
             packed = objective.task.forward(model, {"input_ids": pair, "position_ids": places}).logits
+            assert packed is not None
             together = packed[:, len(some) + 1 :]
             alone = model(input_ids=pair[:, len(some) + 1 :]).logits
         if not torch.allclose(together, alone, atol=1e-3):

@@ -23,10 +23,12 @@ def prune_folder(
     data: Sequence[Path] = (),
     teacher: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> Account:
     """Prune ``model`` and save it as ``out``, with its tokenizer. Importances are measured on the first texts of data.
 
     ``taylor`` takes the loss of the labels of a classification task, or matches the outputs of ``teacher``.
+    ``reading``: other arguments for the task's ``read``; default: every row counts.
     Raises StoreError if there is something in ``out``, and what :func:`layershare.prune.prune` raises; nothing is
     written then.
     """
@@ -37,7 +39,7 @@ def prune_folder(
         if config.needs_batches:
             if kind is None or not data:
                 raise OptionError(f"importance {config.by!r} is measured on data.", "Give --task and --data.")
-            found = kind.read(list(data), columns=columns, split=(1.0, 0.0, 0.0))
+            found = kind.read(list(data), columns=columns, **(reading or {"split": (1.0, 0.0, 0.0)}))
             kind.check(found, original.config)
             batches = batches_of(load_tokenizer(model), found, original.config)
         guide = load_model(teacher, kind.auto_class if kind else None) if teacher is not None else None

@@ -1,0 +1,66 @@
+"""Share from folder to folder, and the plan that options mean."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layershare.compress import calibration as batches_of
+from layershare.errors import OptionError
+from layershare.heal.config import DistillConfig
+from layershare.plan import SharingPlan
+from layershare.presets import FIXED
+from layershare.sharing import make_plan, share
+from layershare.stacks import find_stacks
+from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
+from layershare.tasks import get_task
+
+
+def share_folder(
+    model: str | Path,
+    out: str | Path,
+    *,
+    plan: str | Path | None = None,
+    calibration: Sequence[Path] = (),
+    task: str | None = None,
+    reading: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Share ``model`` and save it as ``out`` with its tokenizer and plan, without healing. Returns the student.
+
+    plan: a plan file; else ``options`` for :func:`layershare.make_plan`. calibration: files to fit the shared tensors
+    on, read as ``task`` does, with ``reading`` as its arguments (default: every row counts).
+    Raises OptionError, PlanError, ModelError, DataError, and StoreError if there is something in ``out``.
+    """
+    if calibration and task is None:
+        raise OptionError("--calibration needs --task, which says how the file is read.")
+    with new_folder(out) as folder:
+        original = load_model(model)
+        made = plan_for(find_stacks(original), plan, **options)
+        batches = None
+        if calibration and task is not None:
+            kind = get_task(task)
+            found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
+            batches = batches_of(kind, load_tokenizer(model), found, DistillConfig())
+        student = share(original, made, calibration=batches)
+        student.save_pretrained(folder)
+        copy_preprocessing(model, folder)
+        made.save(folder / "plan.toml")
+    return student
+
+
+def plan_for(
+    stacks: Any, plan: str | Path | None = None, *, preset: str = "adjacent", **options: Any
+) -> SharingPlan:
+    """The plan of a file, or else of a preset. ``options``: see :func:`layershare.make_plan`."""
+    return SharingPlan.load(plan) if plan is not None else make_plan(stacks, preset, **options)
+
+
+def from_the_start(
+    plan: str | Path | None, preset: str, unique: int | None, budget: float | None
+) -> SharingPlan | dict[str, Any] | None:
+    """A plan, or what makes one of a fresh model; None where nothing is to be shared."""
+    if plan is not None:
+        return SharingPlan.load(plan)
+    if unique is None and budget is None and preset not in FIXED:
+        return None
+    return {"preset": preset, "unique": unique, "budget": budget}

@@ -1,0 +1,99 @@
+"""A stage of a run: a folder that appears whole or not at all and says what it was made from.  No torch.
+
+While it is made, everything is in ``OUT.part``. What is there stays after an interruption, and the same call goes on
+with it, unless the inputs are others. The finished folder holds ``layershare.json``: its inputs (hashes and settings,
+no times) and what was noted. A second call with equal inputs finds it and makes nothing.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from layershare.errors import StoreError
+from layershare.result import write_atomic
+
+RECORD = "layershare.json"
+
+
+def make(
+    out: Path, inputs: Mapping[str, Any], fill: Callable[[Path], Mapping[str, Any]], *, replace: bool = False
+) -> bool:
+    """Have ``out`` made from ``inputs`` by ``fill``; False where it is there already.
+
+    ``fill`` gets the path of a folder to make, which must appear whole or not at all (see
+    :func:`layershare.store.open.new_folder`), and returns what the record shall hold beside the inputs.
+    ``replace``: a stage of other inputs in ``out`` gives way, once the new one is whole.
+
+    Raises StoreError if ``out`` holds something else, or (without ``replace``) a stage of other inputs.
+    """
+    wanted = json.loads(json.dumps(inputs))
+    refuse_foreign(out)
+    old = record(out)
+    if old is not None:
+        if old["inputs"] == wanted:
+            return False
+        if not replace:
+            changed = next(name for name in wanted if old["inputs"].get(name) != wanted[name])
+            raise StoreError(
+                f"{out} holds the result of a run with another {changed}.",
+                "Choose another folder, or --overwrite.",
+            )
+    part = part_of(out)
+    made, begun = part / "made", part / "inputs.json"
+    if part.exists() and not (begun.is_file() and json.loads(begun.read_text()) == wanted):
+        shutil.rmtree(part)  # an unfinished run with other inputs: its checkpoints do not fit
+    part.mkdir(parents=True, exist_ok=True)
+    write_atomic(begun, json.dumps(wanted))
+    if record(made) is None:
+        # Where it was killed between the last file and the record, only the notes are lost.
+        notes = {} if made.exists() else fill(made)
+        write_atomic(made / RECORD, json.dumps({"inputs": wanted, **notes}, indent=1) + "\n")
+    if old is not None:
+        out.replace(part / "old")
+    elif out.exists():
+        out.rmdir()
+    made.replace(out)
+    shutil.rmtree(part)
+    return True
+
+
+def record(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage says of itself; None for any other folder, or none."""
+    return json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else None
+
+
+def matches(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether ``folder`` is the finished stage of these inputs."""
+    return (found := record(folder)) is not None and found["inputs"] == json.loads(json.dumps(inputs))
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise StoreError where ``out`` holds something that no run of stages made."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and record(out) is None):
+        raise StoreError(
+            f"{out} exists and is not a folder of a run.", "Choose another folder, or empty it first."
+        )
+
+
+def part_of(out: Path) -> Path:
+    """Where ``out`` is made."""
+    return out.with_name(f"{out.name}.part")
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the config and all weights of a model folder, or of an adapter folder."""
+    digest = hashlib.sha256()
+    names = (folder / name for name in ("config.json", "adapter_config.json"))
+    for file in sorted([*filter(Path.is_file, names), *folder.glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        digest.update(hash_of(file).digest())
+    return digest.hexdigest()
+
+
+def hash_of(file: Path) -> Any:
+    """The SHA-256 of a file, as an object of hashlib."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256")
