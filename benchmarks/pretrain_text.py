@@ -47,7 +47,9 @@ def main() -> None:
             continue
         shutil.rmtree(options.out / name, ignore_errors=True)
         began = time.process_time()
-        result = pretrain("gpt2", text, options.out / name, overrides=SIZES, plan=plan, config=config)
+        result = pretrain(
+            "gpt2", text, options.out / name, overrides=SIZES, plan=plan, config=config, resume=False
+        )
         before, after = result.models
         found["runs"][name] = {
             "perplexity_before": round(before.metrics["perplexity"], 1),

@@ -18,7 +18,7 @@ from layershare.heal.best import Best
 from layershare.result import Result
 from layershare.tasks import get_task
 
-CONFIG = FinetuneConfig(epochs=10, batch_size=16, learning_rate=1e-2, patience=0, seed=1)
+CONFIG = FinetuneConfig(epochs=8, batch_size=16, learning_rate=1e-2, patience=0, seed=1)
 WORDS = ["the", "man", "woman", "bird", "sits", "runs", "plays", "sings", "on", "in", "mat", "park"]
 SIGNS = {"animal": ["cat", "dog"], "colour": ["red", "blue"], "thing": ["guitar", "house"]}
 

@@ -43,6 +43,8 @@ def verb(function: Callable[..., Shown]) -> Callable[..., Shown]:
     @functools.wraps(function)
     def command(*, as_json: bool, debug: bool, **options: Any) -> None:
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s")
+        if not debug:  # it tells every try to reach the hub, twice
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # libraries may print, stdout is for the answer
                 shown = function(**options)
