@@ -207,7 +207,7 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
     key = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16]
     if (out / "result.json").exists():
         old = Result.load(out)
-        if f"measured for {key}" in old.notes:
+        if old.data.get("stages") == key:
             report.write(out)
             return old
     started = time.monotonic()
@@ -225,7 +225,7 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
         task=job.kind.name,
         metric=job.kind.metric_of(job.data.test or job.data.validation),
         higher_is_better=job.kind.higher_is_better,
-        data=job.data.describe(),
+        data=job.data.describe() | {"stages": key},  # what was measured, so that a second run knows it
         seed=job.seed,
         command=" ".join(["layershare", *sys.argv[1:]]) if sys.argv[0].endswith("layershare") else "",
         models=figures,
@@ -233,7 +233,7 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
         plan_picture=plan.picture(),
         history=first.get("history", []),
         seconds=seconds,
-        notes=[*job.data.notes, f"measured for {key}"],
+        notes=list(job.data.notes),
     )
     result.save(out / "result.json")
     report.write(out)

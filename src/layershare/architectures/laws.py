@@ -62,6 +62,9 @@ def check_laws(
     report = Report()
     for preset, options in presets.items():
         plan = _plan(model, preset, options)
+        if not any(stack.groups for stack in plan.stacks):
+            report.skipped[f"{preset}: shared"] = "the plan shares nothing: its stacks are too short"
+            continue
         try:
             student = share(model, plan)
         except PlanError as error:
