@@ -41,6 +41,7 @@ class PretrainConfig(TrainConfig):
     batch_size: int = Field(32, ge=1, description="Blocks a step, over all devices together.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the learning rate (AdamW).")
     schedule: Literal["linear", "cosine"] = Field("cosine", description="How it falls to 0 after that.")
+    adam_beta2: float = Field(0.98, gt=0, lt=1, description="Memory of squared gradients (AdamW).")
     objective: Literal["auto", "masked", "causal", "span"] = Field(
         "auto", description="masked tokens, the next token, left-out spans; auto: what suits the model."
     )
