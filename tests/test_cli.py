@@ -12,6 +12,7 @@ import pytest
 
 import layershare
 from layershare import cli
+from layershare.cli import answer
 from layershare.errors import OptionError
 from layershare.measure import compare
 
@@ -71,8 +72,8 @@ def test_python_dash_m_hands_on_the_exit_code(tmp_path):
 
 
 def test_every_verb_is_at_most_fifteen_lines():
-    for verb in VERBS:
-        source = inspect.getsource(getattr(cli, verb)).splitlines()
+    for verb in cli.VERBS:
+        source = inspect.getsource(verb).splitlines()
         start = next(number for number, line in enumerate(source) if line.strip().startswith('"""'))
         assert len([line for line in source[start + 1 :] if line.strip()]) <= 15, verb
 
@@ -261,7 +262,7 @@ def test_what_libraries_print_does_not_reach_stdout(run, monkeypatch, tmp_path):
 
 
 def test_columns_are_pairs():
-    assert cli._columns(["text=a=b", "score=c"]) == {"text": "a=b", "score": "c"}
-    assert cli._columns(None) is None
+    assert answer.columns(["text=a=b", "score=c"]) == {"text": "a=b", "score": "c"}
+    assert answer.columns(None) is None
     with pytest.raises(OptionError, match="ROLE=NAME"):
-        cli._columns(["text"])
+        answer.columns(["text"])

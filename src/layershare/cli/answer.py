@@ -1,0 +1,74 @@
+"""What verbs share: their answer, and how they read and print small things."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from layershare.errors import OptionError
+
+
+class Shown(NamedTuple):
+    """What a verb answers: ``text`` for people, ``data`` for ``--json``."""
+
+    text: str
+    data: Any
+
+
+def note(text: str) -> None:
+    """Tell the user something that is not the answer."""
+    typer.echo(text, err=True)
+
+
+def words(parts: str | None) -> list[str] | None:
+    """``"attention,ffn"`` -> ``["attention", "ffn"]``."""
+    return parts.split(",") if parts else None
+
+
+def columns(pairs: list[str] | None) -> dict[str, str] | None:
+    """``["text=review"]`` -> ``{"text": "review"}``."""
+    for pair in pairs or ():
+        if "=" not in pair:
+            raise OptionError(
+                f"--column {pair} is not of the form ROLE=NAME.", "For example: --column text=review"
+            )
+    return dict(pair.split("=", 1) for pair in pairs) if pairs else None
+
+
+def values(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """``["hidden_size=64"]`` -> ``{"hidden_size": 64}``; what is not JSON is a text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise OptionError(f"{option} {pair} is not of the form KEY=VALUE.")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def saved(out: Path) -> str:
+    """Where a whole run left its things."""
+    return f"Saved in {out}; the report is {out / 'report.html'}"
+
+
+def price(cost: Any) -> str:
+    """What a plan stores, in one line."""
+    return (
+        f"stores {cost.layer_unique:,} of {cost.layer_effective:,} layer parameters ({cost.ratio:.1%}), "
+        f"{cost.layer_bytes / 1e6:,.1f} of {cost.layer_bytes_before / 1e6:,.1f} MB"
+    )
+
+
+def account(student: Any, folder: Path) -> Shown:
+    """Verify a shared model, and tell what is tied."""
+    from layershare import plan_of, verify
+
+    checked, plan = verify(student), plan_of(student)
+    assert plan is not None  # or verify would have said so
+    data = {"folder": str(folder), "plan": plan.to_dict(), "account": asdict(checked)}
+    return Shown(f"{plan.picture()}\n\n{checked}", data)

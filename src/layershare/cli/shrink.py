@@ -1,0 +1,105 @@
+"""Verbs that make a model smaller: plan, share, prune, and whole runs: compress, demo, run."""
+
+from dataclasses import asdict
+
+from layershare import options as opt
+from layershare.cli.answer import Shown, account, columns, note, price, saved, words
+
+
+def plan(
+    model: opt.Model, *, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
+    unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
+    stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0, out: opt.PlanOut = None,
+) -> Shown:  # fmt: skip
+    """Show what would be shared, and what that stores. No weight is read."""
+    from layershare import find_stacks, predict
+    from layershare.sharing.folder import plan_for
+    from layershare.store.open import sketch
+
+    stacks = find_stacks(sketch(model))
+    made = plan_for(
+        stacks, plan, preset=preset, unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge,
+        rank=rank,
+    )  # fmt: skip
+    cost = predict(stacks, made)
+    if out is not None:
+        made.save(out)
+    data = {"plan": made.to_dict(), "predicted": asdict(cost) | {"ratio": cost.ratio}}
+    return Shown("\n".join([*map(str, stacks), "", made.picture(), "", price(cost)]), data)
+
+
+def share(
+    model: opt.Model, *, out: opt.Out, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
+    unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
+    stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0,
+    calibration: opt.Calibration = None, task: opt.MaybeTask = None,
+) -> Shown:  # fmt: skip
+    """Share a model by a plan or a preset. Saves it as it is, without healing."""
+    from layershare.sharing.folder import share_folder
+
+    student = share_folder(
+        model, out, plan=plan, calibration=[] if calibration is None else [calibration], task=task, preset=preset,
+        unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank,
+    )  # fmt: skip
+    return account(student, out)
+
+
+def prune(
+    model: opt.Model, *, what: opt.PruneWhat, out: opt.Out, amount: opt.Amount = None, by: opt.PruneBy = "magnitude",
+    pattern: opt.Pattern = None, threshold: opt.Threshold = None, keep_shape: opt.KeepShape = False,
+    task: opt.MaybeTask = None, data: opt.PruneData = None, column: opt.Column = None, teacher: opt.Guide = None,
+) -> Shown:  # fmt: skip
+    """Cut positions, heads, neurons or single weights. Shared weights are cut once and stay shared."""
+    from layershare.prune.config import PruneConfig
+    from layershare.prune.folder import prune_folder
+
+    amount = amount if amount is None or amount % 1 else int(amount)
+    given = {"amount": amount, "pattern": pattern, "threshold": threshold, "keep_shape": keep_shape}
+    config = PruneConfig.parse({"what": what, "by": by} | given)
+    names = columns(column)
+    cut = prune_folder(model, config, out, task=task, data=data or (), teacher=teacher, columns=names)
+    return Shown(f"{cut}\nSaved in {out}", {"out": str(out), "account": cut.to_dict()})
+
+
+def compress(
+    model: opt.Model, *, task: opt.Task, data: opt.Data, out: opt.Out, test: opt.Test = None,
+    validation: opt.Validation = None, column: opt.Column = None, budget: opt.Budget = 0.5,
+    plan: opt.PlanFile = None, scheme: opt.Scheme = "auto", baseline: opt.Baseline = None,
+    steps: opt.Steps = None, seed: opt.Seed = 0, overwrite: opt.Overwrite = False,
+) -> Shown:  # fmt: skip
+    """Share, heal, measure and save a model in one go. Run again, it goes on where it stopped."""
+    from layershare.compress import compress
+
+    result = compress(
+        model, task=task, data=data, test=test, validation=validation, out=out, budget=budget, plan=plan, scheme=scheme,
+        baseline=baseline, steps=steps, seed=seed, columns=columns(column), overwrite=overwrite,
+    )  # fmt: skip
+    return Shown(f"{result.table()}\n\n{saved(out)}", result.model_dump(mode="json"))
+
+
+def demo(
+    *, budget: opt.Budget = 0.5, baseline: opt.Baseline = None, out: opt.DemoOut = None,
+    steps: opt.Steps = None, seed: opt.Seed = 0, overwrite: opt.Overwrite = False,
+) -> Shown:  # fmt: skip
+    """Compress the packaged all-MiniLM-L6-v2. Heals and judges it on STS-B, and says whether it reaches the bar."""
+    from layershare.demo import demo, folder_for, verdict
+
+    out = out or folder_for(budget, seed)
+    result = demo(out, budget=budget, baseline=baseline, steps=steps, seed=seed, overwrite=overwrite)
+    text = f"{result.table()}\n\n{verdict(result, budget)}\n\n{saved(out)}"
+    return Shown(text, result.model_dump(mode="json"))
+
+
+def run(
+    recipe: opt.RecipeFile,
+    *,
+    out: opt.RecipeOut = None,
+    settings: opt.SetStage = None,
+    dry_run: opt.DryRun = False,
+) -> Shown:
+    """Run the stages of a recipe. Run again, it skips what is finished and goes on where it stopped."""
+    from layershare.recipe import load, plan, run
+
+    loaded = load(recipe, settings=settings or ())
+    done = plan(loaded, out) if dry_run else run(loaded, out, progress=note)
+    return Shown(str(done), done.to_dict())
