@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from page import write
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
@@ -36,7 +37,6 @@ from layershare.heal.collator import Collator
 from layershare.heal.config import DistillConfig, LossWeights
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
-from layershare.result import write_atomic
 from layershare.store.open import load_model, load_tokenizer
 from layershare.tasks import get_task
 from layershare.tasks.encoding import INPUTS, batches
@@ -254,15 +254,6 @@ def report(job: Job, figures: dict[str, list[tuple[float, float]]], options: arg
             "",
         ]
     )
-
-
-def write(docs: Path, page: str) -> None:
-    """Put the section in its place on the page, or at its end."""
-    text = docs.read_text(encoding="utf-8") if docs.is_file() else "# Benchmarks\n"
-    before, found, rest = text.partition(f"{TITLE}\n")
-    after = rest[rest.index("\n## ") + 1 :] if found and "\n## " in rest else ""
-    docs.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(docs, f"{before.rstrip()}\n\n{page.rstrip()}\n" + (f"\n{after}" if after else ""))
 
 
 if __name__ == "__main__":

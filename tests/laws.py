@@ -22,14 +22,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gated": dict(preset="gated", unique=2),
     "basis": dict(preset="basis", rank=3),
     "basis budget": dict(preset="basis", budget=0.7),
+    "geopair": dict(preset="geopair", rank=3),
+    "stepwise": dict(preset="cycle", unique=2, merge="stepwise"),
     "relaxed": dict(preset="cycle", unique=2, merge="regmean", rank=2),
     "everything": dict(preset="adjacent", unique=2, parts="*"),
 }
-SHARED = [name for name in (*PRESETS, "mixed") if not name.startswith("drop")]
+SHARED = [name for name in (*PRESETS, "diagonal", "mixed") if not name.startswith("drop")]
 
 
 def plan_for(model: Any, name: str) -> SharingPlan:
+    if name == "diagonal":
+        return refined(make_plan(model, preset="cycle", unique=2, rank=2), diagonal=True)
     return mixed(model) if name == "mixed" else make_plan(model, **PRESETS[name])
+
+
+def refined(plan: SharingPlan, **values: Any) -> SharingPlan:
+    """The plan with these values in every group."""
+    stacks = (
+        stack.model_copy(update={"groups": tuple(group.model_copy(update=values) for group in stack.groups)})
+        for stack in plan.stacks
+    )
+    return SharingPlan(stacks=tuple(stacks))
 
 
 def mixed(model: Any) -> SharingPlan:

@@ -13,7 +13,7 @@ from layershare.linear import FactoredLinear
 
 peft = pytest.importorskip("peft")
 
-from layershare.adapt import AdaptConfig, adapt, load, merge, verify  # noqa: E402
+from layershare.adapt import AdaptConfig, adapt, load, merge  # noqa: E402
 from layershare.adapt.base import RECORD, bare  # noqa: E402
 from layershare.adapt.places import ends, places  # noqa: E402
 
@@ -234,7 +234,7 @@ def test_training_moves_the_adapters_and_not_one_bit_of_the_base(tiny, batch_for
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if form != "plain":
-        assert verify(adapted) == layershare.verify(model)
+        assert layershare.verify(adapted) == layershare.verify(model)
 
 
 def test_the_model_that_was_given_stays_as_it_was(tiny):
@@ -308,7 +308,7 @@ def test_a_saved_shared_base_takes_its_adapter_again(tiny, batch_for, tmp_path):
     fresh = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     assert torch.equal(outputs(loaded, batch_for("bert")), outputs(adapted, batch_for("bert")))
-    verify(loaded)
+    layershare.verify(loaded)
 
 
 @pytest.mark.parametrize("method", ["houlsby", "lora", "prefix"])

@@ -111,7 +111,7 @@ def test_a_large_model_is_matched_without_labels(tiny, tokenizer, pairs_file, tm
     history = match(adapted, large, tokenizer, task, data, config, tmp_path, quiet=True)
     assert history[-1]["match"] < 0.7 * history[0]["match"]
     assert all(torch.equal(value, before[name]) for name, value in bare(adapted).state_dict().items())
-    layershare.adapt.verify(adapted)
+    layershare.verify(adapted)
 
 
 def test_models_that_do_not_fit_each_other_are_refused(tiny, tokenizer, pairs_file, tmp_path):

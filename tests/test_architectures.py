@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from layershare import find_stacks, make_plan, plan_of, share
+from layershare import cli, find_stacks, make_plan, plan_of, share
 from layershare.architectures import table, write
 from layershare.architectures.inputs import run
 from layershare.architectures.laws import Report, check_laws
@@ -48,6 +48,8 @@ TYPES = [
     "whisper",
     "speecht5",
     "llava",
+    "falcon_mamba",  # computes otherwise if its config says that it is quantized
+    "kimi_k25",  # is stored with fused and permuted maps
 ]
 PRESETS: dict[str, dict[str, int]] = {"cycle_rev": {"unique": 2}, "basis": {"rank": 2}}
 
@@ -132,6 +134,23 @@ def test_a_part_that_only_some_layers_have_is_named_in_the_notes():
     model = small_model("t5").model
     notes = resolve(find_stacks(model), make_plan(model, "all")).notes
     assert any("relative_attention_bias" in note and "[0]" in note for note in notes)
+
+
+def test_the_plan_printer_says_what_is_unlike(tmp_path, capsys):
+    """A relative-position table in the first layer; attention every second layer, experts every second one."""
+    for model_type, words in {
+        "t5": [
+            "note: encoder.block: layer.0.SelfAttention.relative_attention_bias.weight [32, 4]",
+            "[0] only",
+        ],
+        "jamba": ["note: model.layers has layers of 2 kinds, which share only with their likes: 0, 2; 1, 3"],
+        "bert": [],
+    }.items():
+        small_model(model_type).model.save_pretrained(tmp_path / model_type)
+        assert cli.main(["plan", str(tmp_path / model_type), "--preset", "all"]) == 0
+        text = capsys.readouterr().out
+        assert all(one in text for one in words), text
+        assert bool(words) == ("note: " in text)
 
 
 def test_alternating_layers_keep_the_order_of_a_preset():

@@ -17,7 +17,7 @@ from layershare.errors import OptionError
 from layershare.measure import compare
 
 VERBS = ["compress", "plan", "share", "distill", "evaluate", "verify", "report", "demo"]
-VERBS += ["pretrain", "finetune", "adapt", "prune", "run", "architectures"]
+VERBS += ["pretrain", "finetune", "adapt", "prune", "run", "architectures", "export", "bench", "encode"]
 
 
 @pytest.fixture

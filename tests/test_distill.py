@@ -1,5 +1,6 @@
 """Distillation: the teacher's targets, the terms of the loss, augmentation, and whole small runs."""
 
+import copy
 import json
 import math
 import shutil
@@ -365,7 +366,8 @@ def test_equal_texts_with_different_labels_have_none(tokenizer, tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("text,label\na cat,yes\na dog,no\na cat,no\na dog,no\n")
     data: Any = CLASSIFICATION.read(file, split=(1, 0, 0))
-    rows, labels = questions(CLASSIFICATION, tokenizer, data, classifier().config, QUICK)
+    rows = questions(CLASSIFICATION, tokenizer, data, classifier().config, QUICK)
+    labels = rows["labels"]
     assert len(rows) == 2
     assert labels == [-100, 0]
 
@@ -384,15 +386,50 @@ def test_language_models_are_compared_token_by_token(name, tiny, tokenizer, tmp_
     history = distill(student, teacher, tokenizer, task, data, config, tmp_path / "run", quiet=True)
     assert {"logits", "labels", "hidden"} <= history[0].keys()
     assert history[-1]["loss"] < history[0]["loss"]
-    rows, labels = questions(task, tokenizer, data, teacher.config, config)
-    asked: Any = torch.tensor(labels[0]) != -100  # type: ignore[index]
+    rows = questions(task, tokenizer, data, teacher.config, config)
+    labels = rows["labels"]
+    asked: Any = torch.tensor(labels[0]) != -100
     if name == "causal-lm":
-        assert labels[0][:-1] == rows[0]["input_ids"][1:]  # type: ignore[index]
+        assert labels[0][:-1] == rows[0]["input_ids"][1:]
     else:
         assert 0 < asked.sum() < len(asked)
-        assert (
-            questions(task, tokenizer, data, teacher.config, config)[1] == labels
-        )  # drawn once, from the seed
+        again = questions(task, tokenizer, data, teacher.config, config)["labels"]
+        assert list(again) == list(labels)  # drawn once, from the seed
+
+
+def test_left_out_spans_are_compared_along_the_decoder(tiny, tmp_path):
+    """An encoder-decoder of language is asked as translation is; kept answers and fresh ones train alike."""
+    from layershare.pretrain.tokenizer import train_tokenizer
+
+    file = tmp_path / "text.txt"
+    texts = [f"the cat sits on a {w} mat in the park" for w in ["red", "blue", "big"] * 12]
+    file.write_text("\n\n".join(texts))
+    words = train_tokenizer(texts, "byte-level BPE", 400, sentinels=True, length=64)
+    task = get_task("span-corruption")
+    data = task.read(file)
+    teacher = tiny("t5", vocab_size=len(words), pad_token_id=words.pad_token_id)
+    student = tiny("t5", vocab_size=len(words), pad_token_id=words.pad_token_id, seed=1)
+    weights = LossWeights(labels=0.1)
+    config = QUICK.model_copy(update={"weights": weights, "train_embeddings": True})
+    rows = questions(task, words, data, teacher.config, config)
+    ends = set(words.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"]))
+    assert all(row["labels"][0] in ends and row["labels"][-1] == words.eos_token_id for row in rows)
+    outputs = task.forward(student, task.collate(words, [rows[0], rows[1]]), hidden_states=True)
+    assert outputs.logits.shape[1] == max(len(rows[i]["labels"]) for i in (0, 1)) < len(rows[0]["input_ids"])
+    assert len(outputs.hidden_states) == 1 + 4 + 4
+    live, cached = (
+        distill(
+            copy.deepcopy(student), teacher, words, task, data, config.model_copy(update={"cache_mb": size}),
+            tmp_path / str(size), quiet=True,
+        )
+        for size in (0, 100)
+    )  # fmt: skip
+    assert {"logits", "labels", "hidden"} <= live[0].keys()
+    assert live[-1]["loss"] < live[0]["loss"]
+    assert [entry["loss"] for entry in cached] == pytest.approx([entry["loss"] for entry in live], rel=1e-3)
+    before, after = (task.evaluate(one, words, data.test, teacher=teacher) for one in (student, teacher))
+    assert before["agreement"] < after["agreement"] == 1
+    assert before["perplexity"] > 0
 
 
 @pytest.mark.parametrize("augment", [0.0, 0.3])

@@ -88,7 +88,7 @@ def test_decoders_and_encoder_decoders_get_a_head_too(folder, labelled, tmp_path
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.num_labels == 3
     assert model.config.pad_token_id == 0
-    assert result.models[1].metrics.keys() == {"accuracy", "macro_f1"}
+    assert result.models[1].metrics.keys() == {"accuracy", "macro_f1", "matthews"}
 
 
 # ---- early stopping

@@ -15,7 +15,7 @@ ROOMS = (
     ("errors", "_when", "options"),
     ("config",),
     ("plan", "presets", "result"),
-    ("stages",),
+    ("stages", "onnx"),
     ("linear", "stacks", "sharing.merge", "sharing.lowrank", "heal.losses"),
     ("sharing",),
     ("adapt", "architectures", "heal", "prune", "store", "measure", "analyse", "tasks", "train"),

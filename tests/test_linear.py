@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from layershare.errors import TieError
 from layershare.linear import FactoredLinear, kind_of
 
 
@@ -61,8 +62,11 @@ def test_the_twin_owns_its_weight():
 def test_the_weight_is_no_parameter():
     module = made(base=True)
     assert set(dict(module.named_parameters())) == {"base", "up", "down", "bias"}
-    with pytest.raises(KeyError):
-        module.weight = nn.Parameter(torch.zeros(4, 6))
+    for other in (nn.Parameter(torch.zeros(4, 6)), torch.zeros(4, 6), torch.zeros(6, 4)):
+        with pytest.raises(TieError, match=r"computed from its factors.*unshare"):
+            module.weight = other
+    module.weight = module.weight  # as PEFT does when it takes an adapter off
+    assert set(dict(module.named_parameters())) == {"base", "up", "down", "bias"}
 
 
 def test_nothing_initialises_it():
@@ -88,3 +92,19 @@ def test_kinds():
 
 def test_it_prints_its_shape():
     assert repr(made(base=True)) == "FactoredLinear(6, 4, base + rank=2, bias=True)"
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 4), (4, 6), (5, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_diagonal_is_part_of_the_map(inputs, outputs, transposed):
+    torch.manual_seed(0)
+    module = FactoredLinear(inputs, outputs, 2, base=True, bias=True, diagonal=True, transposed=transposed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, inputs)
+    whole = module.base + module.up @ module.down
+    for i, value in enumerate(module.diagonal):
+        whole = whole + value * torch.eye(outputs, inputs)[i][None] * torch.eye(outputs)[i][:, None]
+    torch.testing.assert_close(module(x), x @ whole.T + module.bias)
+    torch.testing.assert_close(module.weight, whole.T if transposed else whole)
+    torch.testing.assert_close(module.dense()(x), module(x))

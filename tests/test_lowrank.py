@@ -1,9 +1,23 @@
 """Low-rank factors: optimal against other solvers and against chance."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from layershare.sharing.lowrank import root, shared_input, shared_output, truncate
+from layershare.sharing.lowrank import (
+    _conjugate,
+    _sylvester,
+    _together,
+    fit_down,
+    fit_up,
+    geopair,
+    root,
+    shared_input,
+    shared_output,
+    truncate,
+    with_diagonal,
+)
 
 
 def gram_of(size: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -151,3 +165,115 @@ def alternate_output(weights, grams, rank, seed) -> float:
         down = torch.linalg.lstsq(up, seen).solution
         up = torch.linalg.lstsq(down.T, seen.T).solution.T
     return (seen - up @ down).square().sum().item()
+
+
+def total(weights, ups, down, grams) -> float:
+    return sum(error(w, up @ down, g) for w, up, g in zip(weights, ups, grams, strict=True))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_geopair_never_gets_worse_with_more_rounds_and_beats_one_metric_for_all(count):
+    weights, grams = weights_of(count), [gram_of(6, i, 5.0**i) for i in range(count)]
+    errors = [total(weights, *geopair(weights, 2, grams, rounds), grams) for rounds in range(12)]
+    assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))
+    assert errors[-1] < 0.98 * total(weights, *shared_input(weights, 2, grams), grams)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_geopair_reaches_the_optimum_of_a_gradient_solver(count):
+    weights, grams = weights_of(count), [gram_of(6, i, 5.0**i) for i in range(count)]
+    found = total(weights, *geopair(weights, 2, grams, 200), grams)
+    assert found <= min(descend(weights, grams, 2, seed) for seed in range(4)) * 1.02
+
+
+def test_geopair_is_basis_sharing_where_all_see_the_same():
+    weights, gram = weights_of(2), gram_of(6, 4)
+    one, two = (total(weights, *made, [gram] * 2) for made in (
+        geopair(weights, 3, [gram] * 2), shared_input(weights, 3, [gram] * 2)))  # fmt: skip
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_geopair_of_full_rank_is_exact():
+    weights = weights_of(2)
+    ups, down = geopair(weights, 6, [gram_of(6, i) for i in range(2)])
+    torch.testing.assert_close([up @ down for up in ups], weights, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solve", ["pair", "many"])
+def test_the_equation_of_the_shared_factor_is_solved(solve):
+    """Against its Kronecker form: vec(A X B) = (A kron B^T) vec(X), rows first."""
+    left, right = [gram_of(3, i) for i in range(2)], [gram_of(6, 5 + i) for i in range(2)]
+    wanted = torch.randn(3, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    matrix = sum(torch.kron(a, b.T.contiguous()) for a, b in zip(left, right, strict=True))
+    exact = torch.linalg.solve(matrix, wanted.flatten()).view(3, 6)
+    start = torch.zeros_like(wanted)
+    found = (
+        _sylvester(left, _together(*right), wanted)
+        if solve == "pair"
+        else _conjugate(left, right, wanted, start)
+    )
+    torch.testing.assert_close(found, exact, atol=1e-6, rtol=1e-6)
+
+
+def test_one_factor_given_the_other_one_is_least_squares():
+    (weight,), x = (
+        weights_of(1),
+        torch.randn(50, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
+    other = torch.randn(7, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    up, down = other, other[:6].T
+    wanted = torch.linalg.lstsq(x @ down.T, x @ weight.T).solution.T
+    torch.testing.assert_close(fit_up(weight, down, x.T @ x / 50), wanted)
+    torch.testing.assert_close(fit_down(weight, up), torch.linalg.lstsq(up, weight).solution)
+
+
+def descend(weights, grams, rank, seed) -> float:
+    """min over up_l, down of sum_l E|(W_l - up_l down) x_l|^2, by L-BFGS from a random start."""
+    draw = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(7, rank, generator=draw, dtype=torch.float64) for _ in weights]
+    factors = [
+        one.requires_grad_() for one in (*factors, torch.randn(rank, 6, generator=draw, dtype=torch.float64))
+    ]
+    optimizer = torch.optim.LBFGS(factors, max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        *ups, down = factors
+        rest = [w - up @ down for w, up in zip(weights, ups, strict=True)]
+        value = sum(torch.einsum("oi,ij,oj->", r, g, r) for r, g in zip(rest, grams, strict=True))
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return float(closure().detach())
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (5, 6)])
+def test_a_diagonal_takes_what_low_rank_cannot(shape):
+    draw, gram = torch.Generator().manual_seed(0), gram_of(6, 1)
+    low = (
+        torch.randn(shape[0], 1, generator=draw, dtype=torch.float64)
+        @ torch.randn(1, 6, generator=draw).double()
+    )
+    weight = low + 3 * torch.eye(*shape, dtype=torch.float64)
+    errors = []
+    for rounds in range(1, 30):
+        up, down, diagonal = with_diagonal(weight, 1, gram, rounds)
+        made = up @ down + torch.diag(diagonal) @ torch.eye(min(shape), 6).double() if shape[0] < 6 else None
+        made = up @ down + torch.eye(*shape).double() @ torch.diag(diagonal) if made is None else made
+        errors.append(error(weight, made, gram))
+    assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))
+    plain = truncate(weight, 1, gram)
+    assert errors[-1] < 0.2 * error(weight, plain[0] @ plain[1], gram)
+
+
+def test_the_diagonal_is_where_the_gradient_vanishes():
+    (weight,), gram = weights_of(1), gram_of(6, 1)
+    up, down, diagonal = with_diagonal(weight, 2, gram, 300)
+
+    def loss(values):
+        return error(weight, up @ down + torch.eye(7, 6).double() @ torch.diag(values), gram)
+
+    for i in range(6):
+        step = torch.zeros(6, dtype=torch.float64).index_fill(0, torch.tensor(i), 1e-4)
+        assert abs(loss(diagonal + step) - loss(diagonal - step)) / 2e-4 < 1e-3

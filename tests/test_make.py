@@ -5,7 +5,7 @@ import pytest
 from laws import PRESETS
 from layershare import find_stacks, make_plan, predict
 from layershare.errors import PlanError
-from layershare.sharing.make import SCHEMES, spread
+from layershare.sharing.make import BASES, SCHEMES, spread
 
 DEPTH = {"gpt2": ["n_layer"], "t5": ["num_layers", "num_decoder_layers"]}
 BUDGETS = [name for name in SCHEMES if name != "all"]
@@ -71,10 +71,10 @@ def test_a_budget_is_used_up_and_kept(tiny, kind, preset, budget):
     for stack, one in zip(stacks, plan.stacks, strict=True):
         alone = plan.model_copy(update={"stacks": (one,)})
         assert predict([stack], alone).ratio <= budget
-        if preset == "basis":  # one more rank would be too much, or there is none
+        if preset in BASES:  # one more rank would be too much, or there is none
             (rank,) = {group.rank for group in one.groups}
             largest = min(min(w.shape) for w in stack.layers[1] if w.factorable)
-            more = (make_plan([stack], "basis", rank=rank + 1),) if rank + 1 < largest else ()
+            more = (make_plan([stack], preset, rank=rank + 1),) if rank + 1 < largest else ()
         else:
             unique = {"drop": len(one.kept)}.get(
                 preset, stack.length - sum(len(g.positions) - 1 for g in one.groups)

@@ -87,7 +87,7 @@ WRONG = {
     "the same group twice": (plan(groups=[{"positions": [0, 1]}] * 2), "'attention' in two groups"),
     "pick without source": (plan(groups=[{"positions": [0, 1], "merge": "pick"}]), "source"),
     "source without pick": (plan(groups=[{"positions": [0, 1], "source": 0}]), "source"),
-    "source elsewhere": (plan(groups=[{"positions": [0, 1], "merge": "pick", "source": 4}]), "source 4"),
+    "source elsewhere": (plan(groups=[{"positions": [0, 1], "merge": "pick", "source": 40}]), "given: 40"),
     "basis without rank": (plan(groups=[{"positions": [0, 1], "method": "basis"}]), "positions [0, 1] needs a rank"),
     "negative rank": (plan(groups=[{"positions": [0, 1], "rank": -3}]), "-3"),
     "no length": ({"stacks": [{"name": "a"}]}, "stacks.0.length"),

@@ -18,7 +18,7 @@ from layershare.errors import DataError, LayershareError, ModelError, OptionErro
 from layershare.pretrain import PretrainConfig, pretrain
 from layershare.pretrain import run as running
 from layershare.pretrain.start import build, find_start, objective_for
-from layershare.pretrain.tokenizer import train_tokenizer
+from layershare.pretrain.tokenizer import open_tokenizer, train_tokenizer
 from layershare.result import Result
 from layershare.tasks import causal_lm, get_task, masked_lm, span_corruption
 from layershare.tasks.corpus import PIECE, documents, read_corpus
@@ -124,6 +124,12 @@ def test_what_a_held_out_file_has_is_not_trained_on(tmp_path):
     assert list(corpus.stream("train")) == ["one", "three"]
     assert list(corpus.stream("validation")) == ["two words", "four"]
     assert corpus.notes[0].startswith("1 of 3 train documents are also in files for")
+    (tmp_path / "c.txt").write_text("Four\n\nfive")
+    files = {"validation": tmp_path / "b.txt", "test": tmp_path / "c.txt"}
+    corpus = read_corpus(tmp_path / "a.txt", **files, split=(1, 0, 0))
+    assert [list(corpus.stream(part)) for part in ("train", "validation", "test")] == [
+        ["one", "three"], ["two words"], ["Four", "five"]
+    ]  # fmt: skip
     with pytest.raises(DataError, match="Every document"):
         read_corpus(tmp_path / "a.txt", validation=tmp_path / "a.txt")
 
@@ -266,7 +272,7 @@ def test_trained_tokenizers_are_of_the_right_kind_and_come_back(toy, tmp_path):
     assert pieces.decode(ids) == "[CLS] the cat [SEP]"
     assert len(pieces) <= 100
     pieces.save_pretrained(tmp_path)
-    again = running.open_tokenizer(tmp_path)
+    again = open_tokenizer(tmp_path)
     assert again.get_vocab() == pieces.get_vocab()
     assert (again.mask_token_id, again.model_max_length) == (pieces.mask_token_id, 64)
 

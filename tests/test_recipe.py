@@ -63,7 +63,7 @@ def quick_compare(monkeypatch):
 
     from layershare.measure import compare
 
-    quick = functools.partial(compare, batches=(1,), runs=2, seconds=0.05, memory=False)
+    quick = functools.partial(compare, batches=(1,), runs=2, seconds=0.05, memory=False, threads=1)
     monkeypatch.setattr("layershare.measure.evaluate.compare", quick)
 
 
@@ -238,6 +238,39 @@ def test_the_committed_recipes_are_right(file):
     recipe = load(file)
     assert recipe.stages
     assert {type(stage) for stage in recipe.stages.values()} <= set(verbs.VERBS.values())
+
+
+TINY_GPT2 = '{"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 64}'
+SHORT = {
+    "language_model": [
+        *(f"{name}.{setting}" for name in ("base", "from-the-start") for setting in (
+            f"size={TINY_GPT2}", "vocabulary=300", "block_size=16", "batch_size=4", "steps=4"
+        )),
+        "distilled.steps=3", "distilled.max_length=16",
+    ],
+    "classification": [
+        "teacher.steps=4", "teacher.max_length=16", "shared.unique=3", "basis.budget=0.6",
+        *(f"{name}-distilled.steps=2" for name in ("shared", "basis", "dropped", "cut")),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_committed_recipes_run_from_end_to_end(few, tmp_path, bert_folder, quick_compare, name):
+    """The files as they are, on a tiny model and little text."""
+    few()  # writes the data
+    task = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())["data"]["task"]
+    data = json.dumps({"task": task, "files": [str(tmp_path / "data.csv")]})
+    own = [f"teacher.model={bert_folder}"] if name == "classification" else []
+    recipe = load(ROOT / "recipes" / f"{name}.yaml", [f"data={data}", *own, *SHORT[name]])
+    report = run(recipe, tmp_path / "out")
+    assert set(states(report).values()) == {"made"}
+    models = json.loads((tmp_path / "out" / "report" / "result.json").read_text())["models"]
+    assert tuple(model["label"] for model in models) == recipe.stages["report"].models
+    for model in models:
+        stored = next(one.parameters for one in report.planned if one.name == model["label"])
+        assert model["parameters_unique"] == stored
+    assert set(states(run(recipe, tmp_path / "out")).values()) == {"done"}
 
 
 def test_every_verb_has_a_stage_whose_keys_are_its_own():

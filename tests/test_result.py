@@ -76,7 +76,7 @@ def test_a_misspelt_key_is_refused_and_the_nearest_is_named(tmp_path, path, near
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not JSON"), ("{}", "task"), ("[]", "result.json"), ('{"format": 99}', f"reads up to {FORMAT}")],
+    [("{", "not JSON"), ("{}", "models"), ("[]", "result.json"), ('{"format": 99}', f"reads up to {FORMAT}")],
 )
 def test_a_broken_file_is_refused_with_a_reason(tmp_path, text, said):
     (tmp_path / "result.json").write_text(text)

@@ -238,7 +238,7 @@ def test_activations_decide_where_the_error_lies(tiny, batch_for, group):
     plan = one(model, Group(positions=(0, 1), parts=("attention.self.*.weight",), rank=2, **group))
     blind, seeing = share(model, plan), share(model, plan, calibration=[batch])
     assert (seeing.config.quantization_config.made, blind.config.quantization_config.made) == (
-        {"whitened": True},
+        {"whitened": True, "texts": 2},
         {"whitened": False},
     )
     names = [f"encoder.layer.{i}.attention.self.query" for i in (0, 1)]

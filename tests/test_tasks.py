@@ -116,12 +116,12 @@ def as_jsonl(path):
     ],
 )
 def test_every_format_gives_the_same_table(tmp_path, name, save):
-    from layershare.tasks.files import numbers_of, texts_of
+    from layershare.tasks.files import cells, number, text
 
     save(tmp_path / name)
     table = read_table(tmp_path / name)
-    assert texts_of(table, "text") == [row["text"] for row in ROWS]
-    assert numbers_of(table, "score") == [row["score"] for row in ROWS]
+    assert cells(table, "text", text) == [row["text"] for row in ROWS]
+    assert cells(table, "score", number) == [row["score"] for row in ROWS]
 
 
 def test_tsv_takes_quotes_as_they_are(write):

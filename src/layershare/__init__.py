@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from layershare._when import when_imported
 
 if TYPE_CHECKING:
+    from layershare.analyse.encode import encode
     from layershare.errors import LayershareError
     from layershare.plan import SharingPlan
     from layershare.result import Result
@@ -19,6 +20,7 @@ _HOMES = {
     "Result": "result",
     "SharingPlan": "plan",
     "count": "sharing",
+    "encode": "analyse.encode",
     "find_stacks": "stacks",
     "make_plan": "sharing",
     "plan_of": "sharing",
@@ -33,6 +35,7 @@ __all__ = [
     "Result",
     "SharingPlan",
     "count",
+    "encode",
     "find_stacks",
     "make_plan",
     "plan_of",

@@ -7,23 +7,26 @@ appears whole or not at all and a second run with the same inputs finds it, see 
 import hashlib
 import json
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layershare import __version__, report, stages
 from layershare.errors import OptionError
+from layershare.heal.callbacks import tell
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
-from layershare.measure import compare, machine
+from layershare.measure import compare
+from layershare.measure.brief import result_of, timed
+from layershare.measure.compare import held_out
 from layershare.plan import SharingPlan
 from layershare.result import Result, write_atomic
 from layershare.sharing import make_plan, predict, share
+from layershare.sharing.moments import Moments, measure
 from layershare.sharing.search import SEARCHED
+from layershare.sharing.sensitivity import Answer
 from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
@@ -33,8 +36,8 @@ from layershare.store.open import (
     new_folder,
     sketch,
 )
-from layershare.tasks import Data, Task, get_task
-from layershare.tasks.encoding import INPUTS, batches
+from layershare.tasks import Data, Outputs, Task, get_task
+from layershare.tasks.encoding import batches
 
 BASELINES = ("drop",)
 CALIBRATION_TEXTS = 256
@@ -43,7 +46,7 @@ CALIBRATION_TEXTS = 256
 def compress(
     model: str | Path,
     *,
-    task: str,
+    task: str | Task,
     data: Sequence[Path],
     out: Path,
     test: Path | None = None,
@@ -75,7 +78,7 @@ def compress(
         )
     if baseline is not None and baseline not in BASELINES:
         raise OptionError(f"unknown baseline {baseline!r}.", f"Valid: {', '.join(BASELINES)}.")
-    out, say = Path(out).expanduser(), progress or _say
+    out, say = Path(out).expanduser(), progress or tell
     kind = get_task(task)
     stages.refuse_foreign(out)
     tested, judged = ([] if file is None else [file] for file in (test, validation))
@@ -104,6 +107,7 @@ class _Job:
         chosen = {"seed": seed} | ({} if steps is None else {"steps": steps})
         self.config = DistillConfig.parse(chosen)
         self._teacher: Any = None
+        self._moments: Moments | None = None
 
     @property
     def teacher(self) -> Any:
@@ -127,7 +131,14 @@ class _Job:
         if scheme not in SEARCHED:
             return make_plan(self.stacks, scheme, budget=budget)
         change = output_change(self.kind, self.teacher, calibration)
-        return SEARCHED[scheme](self.teacher, self.stacks, budget, change)
+        return SEARCHED[scheme](self.teacher, self.stacks, budget, change, lambda: self.moments(calibration))
+
+    def moments(self, calibration: list[dict[str, Any]]) -> Moments:
+        """What sharing needs to know of the original; measured once."""
+        if self._moments is None:
+            self.say(f"measure what {len(calibration)} batches of texts do in the original")
+            self._moments = measure(self.teacher, calibration, answer=answer_of(self.kind))
+        return self._moments
 
     def inputs(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides what a stage makes."""
@@ -157,48 +168,65 @@ class _Job:
         seconds: dict[str, float] = {}
         tokenizer = load_tokenizer(self.folder)
         batches = calibration(self.kind, tokenizer, self.data, self.config)
-        with _timed("plan", seconds):
+        with timed("plan", seconds):
             if not (saved := folder / "plan.toml").exists():
                 write_atomic(saved, self.plan(wanted, batches).to_toml())
             plan = SharingPlan.load(saved)
             self.say(f"\n{plan.picture()}\n")
-        with _timed("share", seconds):
-            student = share(self.teacher, plan, calibration=batches)
-        with _timed("heal", seconds):
+        with timed("share", seconds):
+            known = self.moments(batches) if plan.uses_activations else None
+            student = share(self.teacher, plan, calibration=known)
+        with timed("heal", seconds):
             self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} texts")
             history = distill(
-                student, self.teacher, tokenizer, self.kind, self.data, self.config, folder, layer_map=layer_map(plan)
+                student, self.teacher, tokenizer, self.kind, self.data, self.config, folder,
+                layer_map=layer_map(plan, student),
             )  # fmt: skip
         student.save_pretrained(folder)
         copy_preprocessing(self.folder, folder)
         return seconds, history
 
 
-def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Callable[[], float]:
-    """A function that runs ``model`` as it then is, and says how far its answers are from those it gives now."""
+def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Callable[[Any], float]:
+    """A function that says how far another model's answers are from those that ``model`` gives now."""
     from torch import Tensor, no_grad
     from torch.nn.functional import cosine_similarity
 
     @no_grad()
-    def answers() -> list[Tensor]:
-        outputs = [kind.forward(model, batch) for batch in batches]
-        return [output.embedding if output.embedding is not None else output.logits for output in outputs]  # type: ignore[misc]
+    def answers(one: Any) -> list[Tensor]:
+        one.eval()
+        return [_answer(kind.forward(one, batch))[0] for batch in batches]
 
-    before = answers()
+    before = answers(model)
 
-    def change() -> float:
-        pairs = zip(answers(), before, strict=True)
+    def change(other: Any) -> float:
+        pairs = zip(answers(other), before, strict=True)
         return sum(float((1 - cosine_similarity(now, then, dim=-1)).sum()) for now, then in pairs)
 
     return change
+
+
+def answer_of(kind: Task) -> Answer:
+    """What a model of this task says to a batch, and whether it is logits."""
+    return lambda model, batch: _answer(kind.forward(model, batch))
+
+
+def _answer(output: Outputs) -> tuple[Any, bool]:
+    """The embedding, or the logits; a single number, or one of several answers, as one vector of the whole batch: alone
+    its direction would be but its sign."""
+    if output.embedding is not None or output.logits is None:
+        return output.embedding, False
+    if output.logits.shape[-1] == 1 or (output.along is None and output.logits.ndim == 3):
+        return output.logits.reshape(1, -1), False
+    return output.logits, True
 
 
 def calibration(kind: Task, tokenizer: Any, data: Data, config: DistillConfig) -> list[dict[str, Any]]:
     """Batches of the first texts to train on, for the statistics that sharing needs."""
     rows = kind.encode(tokenizer, data.train, config.max_length)
     rows = rows.select(range(min(len(rows), CALIBRATION_TEXTS)))
-    texts = {name: rows[name] for name in INPUTS if name in rows.column_names}
-    return [batch for _, batch in batches(tokenizer, texts, 32)]
+    texts = {name: rows[name] for name in kind.inputs if name in rows.column_names}
+    return [batch for _, batch in batches(tokenizer, texts, 32, kind.collate)]
 
 
 def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
@@ -219,34 +247,12 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
     )
     first, plan = records["shared"] or {}, SharingPlan.load(out / "plan.toml")
     seconds = {**first.get("seconds", {}), "measure": round(time.monotonic() - started, 1)}
-    result = Result(
-        source=Path(str(job.model)).name if Path(str(job.model)).exists() else str(job.model),
-        machine=machine(),
-        task=job.kind.name,
-        metric=job.kind.metric_of(job.data.test or job.data.validation),
-        higher_is_better=job.kind.higher_is_better,
+    result = result_of(
+        figures, source=job.model, task=job.kind, metric=job.kind.metric_of(held_out(job.data)),
         data=job.data.describe() | {"stages": key},  # what was measured, so that a second run knows it
-        seed=job.seed,
-        command=" ".join(["layershare", *sys.argv[1:]]) if sys.argv[0].endswith("layershare") else "",
-        models=figures,
-        plan=plan.model_dump(mode="json"),
-        plan_picture=plan.picture(),
-        history=first.get("history", []),
-        seconds=seconds,
-        notes=list(job.data.notes),
-    )
+        seed=job.seed, settings=job.config, plan=plan, history=first.get("history", []), seconds=seconds,
+        notes=job.data.notes,
+    )  # fmt: skip
     result.save(out / "result.json")
     report.write(out)
     return result
-
-
-@contextmanager
-def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - started, 1)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

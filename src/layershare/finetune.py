@@ -1,34 +1,32 @@
-"""finetune: a checkpoint and labelled texts into a classifier, stopped early, its best state kept."""
+"""finetune: a checkpoint trained on labelled data, stopped early, its best state kept."""
 
-import json
 import math
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
-)
+from transformers.models.auto import modeling_auto as auto
 
 from layershare.errors import DataError, ModelError, OptionError
 from layershare.heal.best import Best
 from layershare.heal.collator import Collator
-from layershare.measure.brief import brief
-from layershare.measure.machine import machine
+from layershare.measure.brief import brief, result_of, timed
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import load_tokenizer, load_under_head, new_folder, sketch
-from layershare.tasks import Data, Task, get_task
-from layershare.tasks.encoding import INPUTS, usable_length
-from layershare.tasks.text_classification import row_labels
+from layershare.store.open import load_model, load_tokenizer, load_under_head, new_folder, sketch
+from layershare.tasks import TASKS, Data, Task, get_task
+from layershare.tasks.encoding import usable_length
 from layershare.train import TrainConfig, train
+
+HEADS: Mapping[str, Mapping[str, Any]] = {
+    "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
+"""Auto class -> model type -> class, of the tasks whose models have a head for the labels of the data."""
 
 
 class FinetuneConfig(TrainConfig):
@@ -42,6 +40,9 @@ class FinetuneConfig(TrainConfig):
     judge_every: int = Field(
         0, ge=0, description="Steps between judgements on the validation split; 0: twice an epoch."
     )
+    judge_rows: int = Field(
+        0, ge=0, description="Judge on at most so many rows, evenly spread, where that takes long; 0: all."
+    )
     patience: int = Field(
         4, ge=0, description="Stop after so many judgements in a row without a better one; 0: never."
     )
@@ -53,7 +54,7 @@ def finetune(
     data: Sequence[str | Path] | str | Path,
     out: str | Path,
     *,
-    task: str = "text-classification",
+    task: str | Task = "text-classification",
     validation: str | Path | None = None,
     test: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
@@ -62,15 +63,16 @@ def finetune(
     resume: bool = True,
     quiet: bool = False,
 ) -> Result:
-    """Train a classifier on labelled texts, and save it as ``out``: weights, tokenizer, result.json.
+    """Train a model on labelled data, and save it as ``out``: weights, tokenizer, result.json.
 
-    The accuracy on the validation split is taken every ``judge_every`` steps, and the model that is saved is the one
-    that had the highest (the first of equals). Until training is done everything is in ``OUT.part``, and the same
+    The task's metric on the validation split is taken every ``judge_every`` steps, and the model that is saved is the
+    one that had the best (the first of equals). Until training is done everything is in ``OUT.part``, and the same
     call goes on from the last checkpoint to the same weights.
 
     Args:
-        model: a folder or hub name: an encoder, a decoder or an encoder-decoder, shared or not. A head is added, with
-            the labels of the data by name; a model that has a head for classification keeps it and its labels.
+        model: a folder or hub name: an encoder, a decoder or an encoder-decoder, shared or not. For classification a
+            head is added, with the labels of the data by name; a model that has one keeps it and its labels.
+        task: a name, or what :func:`layershare.tasks.get_task` made of it and its settings.
         data, validation, test: files, see :mod:`layershare.tasks`; parts without a file are held out of ``data``.
         columns: role -> column where it is not found by its usual name.
         new_head: replace a head that is there, for other labels.
@@ -78,7 +80,7 @@ def finetune(
         quiet: nothing on standard error.
 
     Returns:
-        A Result with accuracy and macro-F1 on the test split before and after, also in ``out/result.json``.
+        A Result with the task's figures on the test split before and after, also in ``out/result.json``.
 
     Raises:
         OptionError, DataError, ModelError: something given is wrong, e.g. the labels are not the model's; before any
@@ -86,8 +88,9 @@ def finetune(
             :func:`layershare.train.train`.
     """
     config, kind = config or FinetuneConfig(), get_task(task)
-    if kind.metric != "accuracy":
-        raise OptionError(f"finetune does not do {task} yet.", "Valid: text-classification.")
+    if not kind.learns:
+        valid = ", ".join(name for name, known in TASKS.items() if known.learns)
+        raise OptionError(f"finetune does not do {kind.name}.", f"Valid: {valid}. For text alone: pretrain.")
     if config.ema_decay:
         raise OptionError("ema_decay is not for finetune.", "The best state is kept instead of an average.")
     judged_on, tested = ([] if file is None else [file] for file in (validation, test))
@@ -95,71 +98,80 @@ def finetune(
     _refuse_unseen(found)
     seconds: dict[str, float] = {}
     tokenizer = load_tokenizer(model)
-    net = _classifier(model, kind, found, tokenizer, new_head, config.seed)
+    net = _model(model, kind, found, tokenizer, new_head, config.seed)
     length = usable_length(tokenizer, net.config, config.max_length)
     assert found.train is not None
-    rows = kind.encode(tokenizer, found.train, length)
+    rows = kind.encode(tokenizer, found.train, length, net.config)
     config = _settled(config, len(rows))
     with new_folder(out, resume=True) as folder:
         judged = found.test if found.test is not None else found.validation
         assert judged is not None
 
-        def judge(model: Any, dataset: Any = found.validation) -> dict[str, float]:
-            return kind.evaluate(model, tokenizer, dataset, max_length=length)
+        metric = kind.metric_of(judged)
 
-        with _timed("judge before", seconds):
+        def judge(model: Any, dataset: Any = found.validation) -> dict[str, float]:
+            step = -(-len(dataset) // config.judge_rows) if config.judge_rows else 1
+            some = dataset.select(range(0, len(dataset), step)) if step > 1 else dataset
+            return kind.evaluate(model, tokenizer, some, max_length=length)
+
+        with timed("judge before", seconds):
             before = brief("before", net, judge(net, judged))
-        best = Best(judge, kind.metric, kind.higher_is_better, config.judge_every, config.patience)
-        labels = row_labels(found.train, net.config)
-        with _timed("train", seconds):
+        best = Best(judge, metric, kind.higher_is_better, config.judge_every, config.patience)
+        with timed("train", seconds):
             history = train(
-                net, rows, Collator(tokenizer, labels=labels), _loss(kind, config), config, folder,
+                net, rows, Collator(tokenizer, collate=kind.collate), _loss(kind, config), config, folder,
                 resume=resume, quiet=quiet, callbacks=[best],
             )  # fmt: skip
         net.cpu()
         best.restore(net)
-        with _timed("judge after", seconds):
+        with timed("judge after", seconds):
             metrics = judge(net, judged)
         net.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if (made := plan_of(net)) is not None:
             made.save(folder / "plan.toml")
-        result = Result(
-            source=Path(str(model)).name,
-            machine=machine(torch.get_num_threads()),
-            task=kind.name,
-            metric=kind.metric,
-            higher_is_better=kind.higher_is_better,
-            data=found.describe(),
-            seed=config.seed,
-            command=" ".join(["layershare", *sys.argv[1:]]) if sys.argv[0].endswith("layershare") else "",
-            models=[before, brief("after", net, metrics, folder)],
-            plan=None if made is None else made.model_dump(mode="json"),
-            plan_picture="" if made is None else made.picture(),
-            history=[entry for entry in history if entry["step"] <= best.last],
-            seconds=seconds,
+        result = result_of(
+            [before, brief("after", net, metrics, folder)],
+            source=model, task=kind, metric=metric, data=found.describe(), seed=config.seed, settings=config,
+            plan=made, history=[entry for entry in history if entry["step"] <= best.last], seconds=seconds,
+            threads=torch.get_num_threads(),
             notes=[
                 *found.notes,
                 f"Best on the validation split after step {best.step} of {config.steps}: "
-                f"{kind.metric} {best.value:.4f}."
+                f"{metric} {best.value:.4f}."
                 + (f" Stopped after step {best.last}." if best.last < config.steps else ""),
-                f"Settings: {json.dumps(config.model_dump(mode='json'))}",
             ],
-        )
+        )  # fmt: skip
         result.save(folder / "result.json")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 
-def _classifier(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_head: bool, seed: int) -> Any:
-    """The model with a head for the labels of the data, in float32."""
-    bare = sketch(model)
+def _model(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_head: bool, seed: int) -> Any:
+    """The model in float32, with a head for the labels of the data where the task has one."""
+    if kind.head is not None:
+        net = _with_head(model, kind, data, tokenizer, new_head, seed)
+    else:
+        if new_head:
+            raise OptionError(f"{kind.name} has no head of its own to replace.", "Leave out new_head.")
+        net = load_model(model, kind.auto_class).float()
+        kind.check(data, net.config)
+    most = net.get_input_embeddings().num_embeddings
+    if (tokens := max(tokenizer.get_vocab().values()) + 1) > most:
+        raise ModelError(
+            f"The tokenizer has {tokens} tokens, the model only {most}.", "They do not belong together."
+        )
+    return net
+
+
+def _with_head(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_head: bool, seed: int) -> Any:
+    bare, classes = sketch(model), HEADS[kind.auto_class]
     settings: dict[str, Any] = {}
-    has_head = type(bare).__name__ in CLASSIFIERS.values()
+    has_head = type(bare).__name__ in classes.values()
     if not has_head or new_head:
-        names = dict(enumerate(data.labels))
-        settings = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
-        if has_head and len(names) != bare.config.num_labels:
+        assert kind.head is not None
+        settings = kind.head(data)
+        if has_head and len(settings["id2label"]) != bare.config.num_labels:
             settings["ignore_mismatched_sizes"] = True
     else:
         try:
@@ -168,7 +180,7 @@ def _classifier(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_h
             raise DataError(
                 error.message, "Give data with the model's labels, or --new-head for a head of its own."
             ) from None
-    if bare.config.model_type not in CLASSIFIERS:
+    if bare.config.model_type not in classes:
         raise ModelError(f"{bare.config.model_type} has no head for classification in transformers.")
     torch.manual_seed(seed)
     net: Any = load_under_head(model, kind.auto_class, **settings).float()
@@ -178,11 +190,6 @@ def _classifier(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_h
     if net.config.pad_token_id is None:  # decoders look for the last token that is not padding
         fill = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         net.config.pad_token_id = next(token for token in fill if token is not None)
-    most = net.get_input_embeddings().num_embeddings
-    if (tokens := max(tokenizer.get_vocab().values()) + 1) > most:
-        raise ModelError(
-            f"The tokenizer has {tokens} tokens, the model only {most}.", "They do not belong together."
-        )
     return net
 
 
@@ -201,12 +208,8 @@ def _renew_head(net: Any) -> None:
 def _loss(kind: Task, config: FinetuneConfig) -> Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]:
     def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         model.train(config.dropout)
-        logits = kind.forward(model, {name: batch[name] for name in INPUTS if name in batch}).logits
-        assert logits is not None
-        labels = batch["label"]
-        known = (labels != -100).sum().clamp(min=1)  # a batch may hold none but contradictory texts
-        total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
-        return {"label": total / known}
+        outputs = kind.forward(model, {name: batch[name] for name in kind.inputs if name in batch})
+        return {"label": kind.loss(outputs, batch["labels"])}
 
     return compute_loss
 
@@ -225,9 +228,9 @@ def _refuse_unseen(data: Data) -> None:
         raise DataError(
             "There is nothing to train on, or to choose on.", "Give more data, or a validation file."
         )
-    learnt = set(data.train["label"])
+    learnt = _labels(data.train)
     for name, part in (("validation", data.validation), ("test", data.test)):
-        unseen = sorted(set(part["label"]) - learnt) if part is not None else []
+        unseen = sorted(_labels(part) - learnt) if part is not None else []
         if unseen:
             raise DataError(
                 f"The label {unseen[0]!r} is in the {name} data but not in the training data "
@@ -236,8 +239,8 @@ def _refuse_unseen(data: Data) -> None:
             )
 
 
-@contextmanager
-def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - started, 1)
+def _labels(part: Any) -> set[str]:
+    """The names of labels in a split: one a row, or several."""
+    found = set(part["label"]) if "label" in part.column_names else set()
+    several = [role for role in ("labels", "tags") if role in part.column_names]
+    return found | {name for role in several for names in part[role] for name in names}

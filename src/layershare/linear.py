@@ -7,30 +7,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-FACTORS = ("base", "up", "down")
+from layershare.errors import TieError
+
+FACTORS = ("base", "up", "down", "diagonal")
 GATE = "layershare_gate"
 
 
 class FactoredLinear(nn.Linear):
-    """A linear map ``x @ (base + up @ down).T + bias`` whose factors may be shared with other positions.
+    """A linear map ``x @ (base + up @ down + diagonal).T + bias`` whose factors may be shared with other positions.
 
     With a base it is a tied weight plus a private correction; without, a shared basis (one factor tied, the other
     private) or a plain low-rank factorisation (both private).
 
-    Shapes: ``base`` (out, in) or None, ``up`` (out, rank), ``down`` (rank, in), ``bias`` (out) or None.
-    ``weight`` is computed on each access, for code that reads it; it is no parameter, and cannot be assigned.
+    Shapes: ``base`` (out, in) or None, ``up`` (out, rank), ``down`` (rank, in), ``diagonal`` (min(out, in)) or None,
+    ``bias`` (out) or None.
+    ``weight`` is computed on each access, for code that reads it. It is no parameter: assigning one is a TieError.
     ``transposed`` tells that the module stands for a ``Conv1D``, whose ``weight`` is (in, out).
     """
 
     # transformers must not initialise it: the factors come from ``share`` or from a checkpoint, never from chance.
     _is_hf_initialized = True
     base: Tensor | None
+    diagonal: Tensor | None
     down: Tensor
     up: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, *, base: bool, bias: bool, transposed: bool = False,
-        device: Any = None, dtype: torch.dtype | None = None,
+        diagonal: bool = False, device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -42,15 +46,18 @@ class FactoredLinear(nn.Linear):
         self.register_parameter("base", parameter(out_features, in_features) if base else None)
         self.down = parameter(rank, in_features)
         self.up = parameter(out_features, rank)
+        self.register_parameter("diagonal", parameter(min(out_features, in_features)) if diagonal else None)
         self.register_parameter("bias", parameter(out_features) if bias else None)
 
     @classmethod
-    def standing_for(cls, module: nn.Module, rank: int, *, base: bool) -> "FactoredLinear":
+    def standing_for(
+        cls, module: nn.Module, rank: int, *, base: bool, diagonal: bool = False
+    ) -> "FactoredLinear":
         """A factored module, its factors not yet set, in place of a Linear or Conv1D. It takes over the bias itself."""
         weight, transposed = module.get_parameter("weight"), isinstance(module, Conv1D)
         out_features, in_features = reversed(weight.shape) if transposed else weight.shape
         factored = cls(
-            in_features, out_features, rank, base=base, bias=False, transposed=transposed,
+            in_features, out_features, rank, base=base, bias=False, transposed=transposed, diagonal=diagonal,
             device=weight.device, dtype=weight.dtype,
         ).requires_grad_(weight.requires_grad)  # fmt: skip
         factored.bias = module.bias  # type: ignore[assignment]
@@ -68,11 +75,33 @@ class FactoredLinear(nn.Linear):
         dense = self.up @ self.down
         if self.base is not None:
             dense = dense + self.base
+        if self.diagonal is not None:
+            dense = torch.diagonal_scatter(dense, dense.diagonal() + self.diagonal)
         return dense.T if self.transposed else dense
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not self._is_own(value):  # PEFT assigns the weight that was there when it takes an adapter off
+            raise TieError(
+                "the weight of a factored map is computed from its factors, so no other can be assigned.",
+                "Leave modules of the class FactoredLinear out, or call layershare.unshare(model) first.",
+            )
+
+    def _is_own(self, value: Any) -> bool:
+        weight = self.weight
+        if type(value) not in (Tensor, nn.Parameter) or value.shape != weight.shape:
+            return False
+        return value.is_meta or torch.equal(value, weight)
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.linear(x, self.down), self.up, self.bias)
-        return low if self.base is None else low + F.linear(x, self.base)
+        if self.base is not None:
+            low = low + F.linear(x, self.base)
+        if self.diagonal is not None:
+            side = len(self.diagonal)
+            low = low + F.pad(x[..., :side] * self.diagonal, (0, self.out_features - side))
+        return low
 
     def dense(self) -> nn.Module:
         """The equivalent ``nn.Linear`` or ``Conv1D`` with a weight of its own."""

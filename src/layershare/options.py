@@ -7,11 +7,36 @@ import typer
 
 Model = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
 Models = Annotated[list[str], typer.Argument(help="Model folders or hub names; the first is the measure.")]
+OneText = Annotated[str, typer.Argument(help="A text.")]
+OneModel = Annotated[str, typer.Option("--model", help="A model folder or a hub name.")]
+TensorsOut = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Also write everything here, as .safetensors.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Draw the attention of every layer and head here, as .svg.")]
 Folder = Annotated[Path, typer.Argument(help="A folder that layershare wrote.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
-Task = Annotated[str, typer.Option(help="What the model is for: sentence-embedding or text-classification.")]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="What the model is for: sentence-embedding, text-classification, token-classification, translation, "
+        "summarization, masked-lm or causal-lm."
+    ),
+]
+TaskSet = Annotated[
+    list[str] | None,
+    typer.Option("--task-set", help="KEY=VALUE of the task, as num_beams=4 of translation; may be repeated."),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad", help="Leave out rows that cannot be read, and tell them, instead of an error."
+    ),
+]
 Data = Annotated[
-    list[Path], typer.Option(help="CSV, TSV, JSONL or Parquet file; may be given several times.")
+    list[Path],
+    typer.Option(
+        help="CSV, TSV, JSONL or Parquet file, or OWNER/NAME of a data set on the hub; may be given several times."
+    ),
 ]
 Test = Annotated[Path | None, typer.Option(help="File to report on; default: a part of the data, held out.")]
 Validation = Annotated[
@@ -38,10 +63,17 @@ Parts = Annotated[
 ]
 StackName = Annotated[str | None, typer.Option("--stack", help="Share only this stack; default all.")]
 Merge = Annotated[
-    Literal["mean", "first", "last", "regmean"], typer.Option(help="How to make one tensor of several.")
+    Literal["mean", "first", "last", "stepwise", "regmean"],
+    typer.Option(help="How to make one tensor of several."),
 ]
 Rank = Annotated[int, typer.Option(help="Rank of a private correction per position.")]
 Calibration = Annotated[Path | None, typer.Option(help="Texts to fit the shared tensors on; needs --task.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="From file to file, for a checkpoint larger than memory.")
+]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="Fit each map on the model shared so far: slower, loses less.")
+]
 MaybeTask = Annotated[str | None, typer.Option("--task", help="How to read the calibration file.")]
 PruneWhat = Annotated[str, typer.Option("--what", help="positions, heads, neurons or weights.")]
 Amount = Annotated[
@@ -121,6 +153,16 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="KEY=VALUE of the training, as learning_rate=1e-4; may be repeated."),
 ]
+AdaptSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="KEY=VALUE of the training, or adapter.KEY=VALUE, as adapter.rank=4; may be repeated."
+    ),
+]
+PruneSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE of the cut, as protect=[0,5] or scope=row; may be repeated."),
+]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (.yaml).")]
 RecipeOut = Annotated[
     Path | None,
@@ -142,6 +184,19 @@ Anew = Annotated[bool, typer.Option("--anew", help="Forget an interrupted run in
 TrainSteps = Annotated[
     int | None, typer.Option("--steps", help="Optimizer steps; default: the verb's own number.")
 ]
+ExportFormat = Annotated[str, typer.Option("--format", help="What to write: dense or onnx.")]
+Benched = Annotated[
+    list[Path], typer.Argument(help="Model folders and ONNX exports; the first is the measure.")
+]
+Tokens = Annotated[int, typer.Option(help="Tokens of a text, or of a prompt.", min=1)]
+NewTokens = Annotated[int, typer.Option("--new", help="Tokens to generate, where a model can.", min=1)]
+LargeBatch = Annotated[int, typer.Option("--batch", help="The larger batch; 1 leaves it out.", min=1)]
+Threads = Annotated[int | None, typer.Option(help="Compute threads; default: all cores.", min=1)]
+BenchOut = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="Also write table and charts here (.html), or figures (.json)."),
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Quantise weights and activations; with --format onnx.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; everything else goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.")]

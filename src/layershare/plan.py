@@ -48,9 +48,14 @@ class Group(Config):
     method: Method = "tie"
     merge: Merge = "mean"
     source: int | None = None
-    """With ``merge="pick"``: the position whose weights serve all."""
+    """With ``merge="pick"``: the position whose weights serve all; it may be one outside of the group."""
     rank: int = Field(0, ge=0)
     side: Literal["input", "output", "both"] = "input"
+    fit: Literal["svd", "geopair"] = "svd"
+    """How a basis on the input side is found: one SVD in a common metric, or alternating, each position in its own."""
+
+    diagonal: bool = False
+    """With ``method="tie"`` and a rank: the private correction also has a diagonal (ResidualTransformer)."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -60,8 +65,12 @@ class Group(Config):
             raise ValueError(f"the group of positions {list(self.positions)} names no parts")
         if (self.merge == "pick") != (self.source is not None):
             raise ValueError("merge = 'pick' and source = (a position) go together")
-        if self.source is not None and self.source not in self.positions:
-            raise ValueError(f"source {self.source} is not among the positions {list(self.positions)}")
+        if self.source is not None and self.source < 0:
+            raise ValueError(f"positions count from 0, given: {self.source}")
+        if self.diagonal and (self.method != "tie" or self.rank == 0):
+            raise ValueError("diagonal = true is for method = 'tie' with a rank")
+        if self.fit == "geopair" and (self.method, self.side) != ("basis", "input"):
+            raise ValueError("fit = 'geopair' is for method = 'basis' with side = 'input'")
         if self.method == "basis" and self.rank == 0:
             raise ValueError(f"the basis over positions {list(self.positions)} needs a rank of at least 1")
         return self
@@ -91,7 +100,8 @@ class StackPlan(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         gated = [gate.position for gate in self.gates]
-        used = [*self.drop, *gated, *(position for group in self.groups for position in group.positions)]
+        sources = [group.source for group in self.groups if group.source is not None]
+        used = [*self.drop, *gated, *sources, *(p for group in self.groups for p in group.positions)]
         if beyond := [position for position in used if position >= self.length]:
             raise ValueError(f"stack {self.name!r} has positions 0 to {self.length - 1}, given: {beyond[0]}")
         if both := [position for position in self.drop if position in used[len(self.drop) :]]:
@@ -108,11 +118,20 @@ class StackPlan(Config):
         return self
 
 
+class Table(Config):
+    """An embedding table V x H stored as two factors, V x ``rank`` and ``rank`` x H, for all its uses."""
+
+    name: str
+    """The embedding module; an output head that uses the same table goes with it."""
+    rank: int = Field(ge=1)
+
+
 class SharingPlan(Config):
     """The whole plan. Equal plans compare equal; ``print(plan)`` draws it."""
 
     version: int = Field(FORMAT_VERSION, ge=1)
     stacks: tuple[StackPlan, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -129,7 +148,16 @@ class SharingPlan(Config):
         names = [stack.name for stack in self.stacks]
         if len(set(names)) < len(names):
             raise ValueError(f"a stack is planned twice: {names}")
+        tables = [table.name for table in self.tables]
+        if len(set(tables)) < len(tables):
+            raise ValueError(f"a table is planned twice: {tables}")
         return self
+
+    @property
+    def uses_activations(self) -> bool:
+        """Whether calibration would change what is shared."""
+        groups = [group for stack in self.stacks for group in stack.groups]
+        return any(group.rank or group.merge == "regmean" for group in groups)
 
     def to_dict(self) -> dict:
         """Plain data, defaults left out so that the text stays readable."""
@@ -195,9 +223,10 @@ class SharingPlan(Config):
 
         A small letter is a shared basis; below stands what each letter means.
         """
-        if not any(stack.groups or stack.drop or stack.gates for stack in self.stacks):
+        tables = [f"{table.name}: in two factors of rank {table.rank}" for table in self.tables]
+        if not tables and not any(stack.groups or stack.drop or stack.gates for stack in self.stacks):
             return "nothing is shared"
-        return "\n\n".join(_draw(stack) for stack in self.stacks)
+        return "\n\n".join([*(_draw(stack) for stack in self.stacks), *tables])
 
 
 def _file(path: str | Path) -> Path:
@@ -243,7 +272,10 @@ def describe(group: Group) -> str:
             return f"low-rank factors of rank {group.rank}"
         if group.side == "both":
             return f"tied ({merge}), low-rank factors of rank {group.rank}"
-        return f"shared basis of rank {group.rank}, {group.side} side"
+        how = ", each in its own metric" if group.fit == "geopair" else ""
+        return f"shared basis of rank {group.rank}, {group.side} side{how}"
     if len(group.positions) == 1:
         return "private"
-    return f"tied ({merge})" + (f" + private rank {group.rank}" if group.rank else "")
+    return f"tied ({merge})" + (
+        f" + private rank {group.rank}{' + diagonal' * group.diagonal}" if group.rank else ""
+    )

@@ -7,8 +7,10 @@ on purpose: sharing moves the first three and not the last two.
 
 import json
 import os
+import shlex
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -101,8 +103,8 @@ class Result(_Saved):
     versions: dict[str, str] = Field(default_factory=versions)
     machine: str = Field("", description="processor and threads the latencies belong to")
     source: str = Field("", description="the model that was compressed: a hub name or a folder name")
-    task: str
-    metric: str = Field(description="name of the headline metric, a key of Figures.metrics")
+    task: str = Field("", description="what the model is for; nothing where that was not asked")
+    metric: str = Field("", description="name of the headline metric, a key of Figures.metrics")
     higher_is_better: bool = True
     data: Annotated[dict[str, Any], Plain] = Field(default_factory=dict, description="files, sha256, sizes")
     seed: int | None = None
@@ -243,6 +245,30 @@ def spell(metric: str) -> str:
 def percent(ratio: float | None) -> str:
     """0.502 -> ``50.2 %``; a figure that was not measured is a dash."""
     return MISSING if ratio is None else f"{100 * ratio:.1f} %"
+
+
+def command() -> str:
+    """The command line that is running, of paths only the last name; nothing within Python."""
+    if not sys.argv[0].endswith("layershare"):
+        return ""
+    return shlex.join(["layershare", *map(_without_folder, sys.argv[1:])])
+
+
+def without_folders(files: Mapping[str, Any]) -> dict[str, Any]:
+    """``files`` by name instead of by path; where two have one name, the second is ``NAME (2)``."""
+    found: dict[str, Any] = {}
+    for path, value in files.items():
+        name = Path(path).name
+        taken = sum(Path(other).name == name for other in list(files)[: len(found)])
+        found[f"{name} ({taken + 1})" if taken else name] = value
+    return found
+
+
+def _without_folder(word: str) -> str:
+    key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    private = path.is_absolute() or value.startswith(("~", "..")) or (os.sep in value and path.exists())
+    return f"{key}{equals}{path.name if private and path.name else value}"
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from layershare.errors import StoreError
+from layershare.errors import LayershareError, StoreError
 from layershare.result import write_atomic
 
 RECORD = "layershare.json"
@@ -49,7 +49,7 @@ def make(
     write_atomic(begun, json.dumps(wanted))
     if record(made) is None:
         # Where it was killed between the last file and the record, only the notes are lost.
-        notes = {} if made.exists() else fill(made)
+        notes = {} if made.exists() else _filled(fill, made, part)
         write_atomic(made / RECORD, json.dumps({"inputs": wanted, **notes}, indent=1) + "\n")
     if old is not None:
         out.replace(part / "old")
@@ -58,6 +58,16 @@ def make(
     made.replace(out)
     shutil.rmtree(part)
     return True
+
+
+def _filled(fill: Callable[[Path], Mapping[str, Any]], made: Path, part: Path) -> Mapping[str, Any]:
+    """What ``fill`` notes. Where it is refused before anything was begun, nothing is left of it."""
+    try:
+        return fill(made)
+    except LayershareError:
+        if [file.name for file in part.iterdir()] == ["inputs.json"]:
+            shutil.rmtree(part)
+        raise
 
 
 def record(folder: Path) -> dict[str, Any] | None:

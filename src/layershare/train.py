@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from layershare.config import Config
 from layershare.errors import OptionError, TrainingError
-from layershare.heal.callbacks import Ema, Guard, Progress, Terms
+from layershare.heal.callbacks import Ema, Guard, Progress, Terms, kept
 from layershare.heal.checkpoints import resume_point
 from layershare.prune.masks import held
 
@@ -214,8 +214,7 @@ class _Trainer(Trainer):
             raise TrainingError(
                 f"The loss is not a finite number at step {self.state.global_step + 1} "
                 f"(term: {', '.join(bad) or 'the sum'}).",
-                f"Lower learning_rate (now {self.args.learning_rate:g}) or raise warmup_ratio; "
-                f"the last good checkpoint is kept in {self.args.output_dir}.",
+                f"Lower learning_rate (now {self.args.learning_rate:g}) or raise warmup_ratio; {kept(self.args)}",
             )
         self._terms.add(parts)
         return (loss, {}) if return_outputs else loss

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layershare.adapt.base import verify
     from layershare.adapt.config import AdaptConfig
     from layershare.adapt.matching import MatchConfig, match, output_matching
     from layershare.adapt.merging import merge
@@ -26,7 +25,6 @@ _HOMES = {
     "match": "matching",
     "merge": "merging",
     "output_matching": "matching",
-    "verify": "base",
 }
 __all__ = [
     "AdaptConfig",
@@ -37,7 +35,6 @@ __all__ = [
     "match",
     "merge",
     "output_matching",
-    "verify",
 ]
 
 

@@ -1,42 +1,25 @@
-"""The base under the adapters: seen without them, recognised again, proved unchanged."""
+"""The base under the adapters: recognised again, proved unchanged."""
 
 import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layershare.errors import ModelError
 from layershare.result import write_atomic
-from layershare.sharing import Account, plan_of
-from layershare.sharing import verify as verify_ties
+from layershare.sharing import plan_of
+from layershare.sharing.wrapped import bare
 from layershare.stacks import find_stacks
+
+__all__ = ["RECORD", "bare", "check", "fingerprint", "frozen_view", "own_memory", "read", "write"]
 
 RECORD = "layershare_base.json"
 """The file beside adapter_config.json that says which base the adapter is for."""
-
-
-def verify(model: Any) -> Account:
-    """:func:`layershare.verify` for the base of a PeftModel, which its adapters hide from the plan."""
-    return verify_ties(bare(model))
-
-
-def bare(model: Any) -> Any:
-    """The base of a PeftModel without adapters, but with its trained head: other modules, the very same parameters.
-
-    PEFT's own ``unload`` would do it, were it not that it assigns the weights, and those of factored maps are computed.
-    """
-    base = copy.deepcopy(model.get_base_model(), {id(tensor): tensor for tensor in _tensors(model)})
-    while (found := next(_wrappers(base), None)) is not None:
-        base.set_submodule(*found)
-    if hasattr(base, "peft_config"):
-        del base.peft_config
-    return base
 
 
 def frozen_view(model: Any) -> Any:
@@ -114,20 +97,3 @@ def _moved(before: dict[str, float], after: dict[str, float]) -> str:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name of each wrapper of PEFT, and what it stands for."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield name, module.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            active = module.active_adapters
-            yield name, module.modules_to_save[active[0]] if active else module.original_module

@@ -1,6 +1,5 @@
 """Output matching: map a large model onto a small one with light modules, without labels."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from layershare.adapt.trainable import fit
 from layershare.errors import DataError, ModelError
+from layershare.heal.fit import check_words
 from layershare.tasks import Data, Task
-from layershare.tasks.encoding import INPUTS, pad, usable_length
+from layershare.tasks.encoding import usable_length
 from layershare.train import TrainConfig
 
 
@@ -56,25 +56,26 @@ def match(
     """
     if data.train is None:
         raise DataError("There is no training data.", "Give a file with texts; labels are not needed.")
-    _refuse_other_words(model, large)
+    check_words(model, large, tokenizer)
     dataset = task.encode(tokenizer, data.train, usable_length(tokenizer, model.config, config.max_length))
     large.eval()
 
     def compute_loss(wrapped: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         wrapped.train(config.dropout)
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = {name: batch[name] for name in task.inputs if name in batch}
         with torch.no_grad():
-            theirs = _answer(task.forward(large.to(inputs["input_ids"].device), inputs))
-        ours = _answer(task.forward(wrapped, inputs))
+            theirs = _answer(task.forward(large.to(next(iter(inputs.values())).device), inputs))
+        outputs = task.forward(wrapped, inputs)
+        ours = _answer(outputs)
         if ours.shape != theirs.shape:
             raise ModelError(
                 f"The outputs differ in size: {list(ours.shape[1:])} here, {list(theirs.shape[1:])} in the large.",
                 "Give models with the same labels, or embeddings of one width.",
             )
-        return {"match": output_matching(ours, theirs) / len(ours)}
+        return {"match": output_matching(ours, theirs, outputs.mask_of(outputs.along)) / len(ours)}
 
     def batch_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return pad(tokenizer, rows)
+        return task.collate(tokenizer, rows)
 
     return fit(model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet)
 
@@ -83,12 +84,3 @@ def _answer(outputs: Any) -> Tensor:
     answer = outputs.embedding if outputs.logits is None else outputs.logits
     assert isinstance(answer, Tensor)
     return answer
-
-
-def _refuse_other_words(model: Any, large: Any) -> None:
-    sizes: Sequence[Any] = [getattr(one.config, "vocab_size", None) for one in (model, large)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"The vocabularies differ: {sizes[0]} tokens here, {sizes[1]} in the large model.",
-            "Both models must read the same token ids.",
-        )

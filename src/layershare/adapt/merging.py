@@ -19,6 +19,7 @@ def merge(model: Any) -> Any:
     """
     peft = load_peft()
     dense = unshare(bare(model))
+    training = dense.training  # PEFT's own modules start in training mode, whatever the base is in
     for name in model.active_adapters:
         settings = copy.deepcopy(model.peft_config[name])
         kind = str(getattr(settings.peft_type, "value", settings.peft_type))
@@ -33,4 +34,4 @@ def merge(model: Any) -> Any:
             wrapped = peft.get_peft_model(dense, settings, adapter_name=name)
         peft.set_peft_model_state_dict(wrapped, state, adapter_name=name)
         dense = wrapped.merge_and_unload(safe_merge=True)
-    return dense.requires_grad_(True).train(model.training)
+    return dense.requires_grad_(True).train(training)

@@ -52,7 +52,7 @@ SIZES = (
 
 # The first kind whose words are in the name of a field decides; ``keep`` leaves the value as it is.
 KINDS: tuple[tuple[str, str], ...] = (
-    ("token", r"token_(id|index)$|_idx$|_index$|(pad|bos|eos)_id$"),
+    ("token", r"token_(id|index)$|_idx$|_index$|(pad|bos|eos)_id$|_codes$"),
     (
         "keep",
         r"kernel|strides?$|padding|factor|ratio|rate$|scale|expand|bins$|mel|num_labels|type_vocab|buckets",

@@ -60,7 +60,13 @@ def small_model(model_type: str, seed: int = 0) -> Small:
     """Raises ModelError with the first reason if no small config of this type builds and runs."""
     reason, classes, began = "", auto_classes(model_type), time.process_time()
     poor: Small | None = None  # runs, but on text alone although it also takes images or sound
-    for config in small_configs(CONFIG_MAPPING[model_type]()):
+    try:
+        default = CONFIG_MAPPING[model_type]()
+    except Exception as error:
+        raise ModelError(
+            f"{model_type}: its default config is refused by its own class ({error})."
+        ) from error
+    for config in small_configs(default):
         if time.process_time() - began > (PATIENCE / 3 if poor else PATIENCE):
             break
         for auto in dict.fromkeys((*classes[:2], *(name for name in classes if name == "AutoModel"))):

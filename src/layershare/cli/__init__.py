@@ -18,7 +18,7 @@ import typer
 
 from layershare import __version__
 from layershare import options as opt
-from layershare.cli import judge, shrink, train
+from layershare.cli import judge, look, ship, shrink, train
 from layershare.cli.answer import Shown, note
 from layershare.errors import LayershareError
 
@@ -37,6 +37,9 @@ VERBS: tuple[Callable[..., Shown], ...] = (
     judge.evaluate,
     judge.verify,
     judge.report,
+    ship.export,
+    ship.bench,
+    look.encode,
     judge.architectures,
 )
 

@@ -38,17 +38,51 @@ def columns(pairs: list[str] | None) -> dict[str, str] | None:
 
 
 def values(pairs: list[str] | None, option: str) -> dict[str, Any]:
-    """``["hidden_size=64"]`` -> ``{"hidden_size": 64}``; what is not JSON is a text."""
+    """``["hidden_size=64", "weights.hidden=0"]`` -> ``{"hidden_size": 64, "weights": {"hidden": 0}}``.
+
+    What is not JSON is a text.
+    """
     found: dict[str, Any] = {}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
-        if not (key and equals):
+        *path, last = key.split(".")
+        if not (equals and all([*path, last])):
             raise OptionError(f"{option} {pair} is not of the form KEY=VALUE.")
+        at = found
+        for step in path:
+            at = at.setdefault(step, {})
+            if not isinstance(at, dict):
+                raise OptionError(f"{option} {pair}: {step} has a value already.")
         try:
-            found[key] = json.loads(value)
+            at[last] = json.loads(value)
         except ValueError:
-            found[key] = value
+            at[last] = value
     return found
+
+
+def task_of(name: str, settings: list[str] | None, skip_bad: bool) -> Any:
+    """The task as it is set."""
+    from layershare.tasks import get_task
+
+    return get_task(name, values(settings, "--task-set"), skip_bad=skip_bad)
+
+
+def part(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """Take the settings ``name.KEY`` out of what :func:`values` found."""
+    taken = found.pop(name, {})
+    if not isinstance(taken, dict):
+        raise OptionError(f"--set {name} has settings of its own.", f"For example: --set {name}.KEY=VALUE")
+    return taken
+
+
+def files(path: Path | None) -> list[Path]:
+    """An option that may be left out, as a list."""
+    return [] if path is None else [path]
+
+
+def made(result: Any, out: Path) -> Shown:
+    """What a verb that trains made, and where it is."""
+    return Shown(f"{result.table()}\n\nSaved in {out}", result.model_dump(mode="json"))
 
 
 def saved(out: Path) -> str:

@@ -1,14 +1,18 @@
 """Verbs that measure and tell: evaluate, verify, report, architectures."""
 
 from layershare import options as opt
-from layershare.cli.answer import Shown, account, columns, note
+from layershare.cli.answer import Shown, account, columns, note, task_of
 
 
-def evaluate(models: opt.Models, *, task: opt.Task, data: opt.Data, column: opt.Column = None) -> Shown:
+def evaluate(
+    models: opt.Models, *, task: opt.Task, data: opt.Data, column: opt.Column = None, task_set: opt.TaskSet = None,
+    skip_bad: opt.SkipBad = False,
+) -> Shown:  # fmt: skip
     """Measure models side by side. Quality, parameters, bytes, memory and latency, on the same data."""
     from layershare.measure.evaluate import evaluate
 
-    result = evaluate(models, task, data, columns=columns(column), progress=note)
+    kind = task_of(task, task_set, skip_bad)
+    result = evaluate(models, kind, data, columns=columns(column), progress=note)
     return Shown(result.table(), result.model_dump(mode="json"))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from layershare import options as opt
-from layershare.cli.answer import Shown, account, columns, note, price, saved, words
+from layershare.cli.answer import Shown, account, columns, note, price, saved, task_of, values, words
 
 
 def plan(
@@ -14,6 +14,7 @@ def plan(
     """Show what would be shared, and what that stores. No weight is read."""
     from layershare import find_stacks, predict
     from layershare.sharing.folder import plan_for
+    from layershare.sharing.layout import remarks
     from layershare.store.open import sketch
 
     stacks = find_stacks(sketch(model))
@@ -21,25 +22,28 @@ def plan(
         stacks, plan, preset=preset, unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge,
         rank=rank,
     )  # fmt: skip
-    cost = predict(stacks, made)
+    cost, notes = predict(stacks, made), remarks(stacks, made)
     if out is not None:
         made.save(out)
-    data = {"plan": made.to_dict(), "predicted": asdict(cost) | {"ratio": cost.ratio}}
-    return Shown("\n".join([*map(str, stacks), "", made.picture(), "", price(cost)]), data)
+    data = {"plan": made.to_dict(), "predicted": asdict(cost) | {"ratio": cost.ratio}, "notes": notes}
+    text = [*map(str, stacks), "", made.picture(), *(f"note: {one}" for one in notes), "", price(cost)]
+    return Shown("\n".join(text), data)
 
 
 def share(
     model: opt.Model, *, out: opt.Out, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
     unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
     stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0,
-    calibration: opt.Calibration = None, task: opt.MaybeTask = None,
+    calibration: opt.Calibration = None, task: opt.MaybeTask = None, sequential: opt.Sequential = False,
+    stream: opt.Stream = False,
 ) -> Shown:  # fmt: skip
     """Share a model by a plan or a preset. Saves it as it is, without healing."""
     from layershare.sharing.folder import share_folder
 
     student = share_folder(
         model, out, plan=plan, calibration=[] if calibration is None else [calibration], task=task, preset=preset,
-        unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank,
+        unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank, stream=stream,
+        sequential=sequential,
     )  # fmt: skip
     return account(student, out)
 
@@ -48,6 +52,7 @@ def prune(
     model: opt.Model, *, what: opt.PruneWhat, out: opt.Out, amount: opt.Amount = None, by: opt.PruneBy = "magnitude",
     pattern: opt.Pattern = None, threshold: opt.Threshold = None, keep_shape: opt.KeepShape = False,
     task: opt.MaybeTask = None, data: opt.PruneData = None, column: opt.Column = None, teacher: opt.Guide = None,
+    settings: opt.PruneSet = None, task_set: opt.TaskSet = None, skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
     """Cut positions, heads, neurons or single weights. Shared weights are cut once and stay shared."""
     from layershare.prune.config import PruneConfig
@@ -55,9 +60,9 @@ def prune(
 
     amount = amount if amount is None or amount % 1 else int(amount)
     given = {"amount": amount, "pattern": pattern, "threshold": threshold, "keep_shape": keep_shape}
-    config = PruneConfig.parse({"what": what, "by": by} | given)
-    names = columns(column)
-    cut = prune_folder(model, config, out, task=task, data=data or (), teacher=teacher, columns=names)
+    config = PruneConfig.parse({"what": what, "by": by} | given | values(settings, "--set"))
+    names, kind = columns(column), task_of(task, task_set, skip_bad) if task else None
+    cut = prune_folder(model, config, out, task=kind, data=data or (), teacher=teacher, columns=names)
     return Shown(f"{cut}\nSaved in {out}", {"out": str(out), "account": cut.to_dict()})
 
 
@@ -65,14 +70,16 @@ def compress(
     model: opt.Model, *, task: opt.Task, data: opt.Data, out: opt.Out, test: opt.Test = None,
     validation: opt.Validation = None, column: opt.Column = None, budget: opt.Budget = 0.5,
     plan: opt.PlanFile = None, scheme: opt.Scheme = "auto", baseline: opt.Baseline = None,
-    steps: opt.Steps = None, seed: opt.Seed = 0, overwrite: opt.Overwrite = False,
+    steps: opt.Steps = None, seed: opt.Seed = 0, overwrite: opt.Overwrite = False, task_set: opt.TaskSet = None,
+    skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
     """Share, heal, measure and save a model in one go. Run again, it goes on where it stopped."""
     from layershare.compress import compress
 
     result = compress(
-        model, task=task, data=data, test=test, validation=validation, out=out, budget=budget, plan=plan, scheme=scheme,
-        baseline=baseline, steps=steps, seed=seed, columns=columns(column), overwrite=overwrite,
+        model, task=task_of(task, task_set, skip_bad), data=data, test=test, validation=validation, out=out,
+        budget=budget, plan=plan, scheme=scheme, baseline=baseline,
+        steps=steps, seed=seed, columns=columns(column), overwrite=overwrite,
     )  # fmt: skip
     return Shown(f"{result.table()}\n\n{saved(out)}", result.model_dump(mode="json"))
 

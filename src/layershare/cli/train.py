@@ -1,7 +1,7 @@
 """Verbs that train: pretrain, finetune, distill, adapt."""
 
 from layershare import options as opt
-from layershare.cli.answer import Shown, columns, values
+from layershare.cli.answer import Shown, columns, files, made, part, task_of, values
 
 
 def pretrain(
@@ -23,53 +23,61 @@ def pretrain(
         overrides=values(size, "--size"), plan=from_the_start(plan, preset, unique, budget),
         config=PretrainConfig.parse(own | values(settings, "--set")),
     )  # fmt: skip
-    return Shown(f"{result.table()}\n\nSaved in {out}", result.model_dump(mode="json"))
+    return made(result, out)
 
 
 def finetune(
     model: opt.Model, *, data: opt.Data, out: opt.Out, task: opt.Task = "text-classification", test: opt.Test = None,
     validation: opt.Validation = None, column: opt.Column = None, new_head: opt.NewHead = False,
     steps: opt.TrainSteps = None, seed: opt.Seed = 0, settings: opt.Set = None, anew: opt.Anew = False,
+    task_set: opt.TaskSet = None, skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
     """Train a model on labelled data, stop early, keep the best. Run again, it goes on where it stopped."""
     from layershare.finetune import FinetuneConfig, finetune
 
     own = {"seed": seed} | ({"steps": steps} if steps else {})
     result = finetune(
-        model, data, out, task=task, validation=validation, test=test, columns=columns(column), new_head=new_head,
+        model, data, out, task=task_of(task, task_set, skip_bad), validation=validation, test=test,
+        columns=columns(column), new_head=new_head,
         config=FinetuneConfig.parse(own | values(settings, "--set")), resume=not anew,
     )  # fmt: skip
-    return Shown(f"{result.table()}\n\nSaved in {out}", result.model_dump(mode="json"))
+    return made(result, out)
 
 
 def distill(
     student: opt.Model, *, teacher: opt.Teacher, task: opt.Task, data: opt.Data, out: opt.Out,
-    column: opt.Column = None, steps: opt.Steps = None, seed: opt.Seed = 0,
-    cache: opt.TeacherCache = None,
+    test: opt.Test = None, validation: opt.Validation = None, column: opt.Column = None, steps: opt.Steps = None,
+    seed: opt.Seed = 0, cache: opt.TeacherCache = None, settings: opt.Set = None, anew: opt.Anew = False,
+    task_set: opt.TaskSet = None, skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
     """Train a shared model to do what the original does. Run again, it goes on where it stopped."""
-    from layershare.heal.distill import DistillConfig
+    from layershare.heal.config import DistillConfig
     from layershare.heal.folder import heal_folder
 
-    config = DistillConfig.parse({"seed": seed} | ({} if steps is None else {"steps": steps}))
-    names = columns(column)
-    history = heal_folder(student, teacher, task, data, out, columns=names, config=config, cache=cache)
-    return Shown(f"{history[-1]}\nSaved in {out}", {"out": str(out), "history": history})
+    own = {"seed": seed} | ({} if steps is None else {"steps": steps})
+    result = heal_folder(
+        student, teacher, task_of(task, task_set, skip_bad), data, out, test=files(test), validation=files(validation),
+        columns=columns(column),
+        config=DistillConfig.parse(own | values(settings, "--set")), cache=cache, resume=not anew,
+    )  # fmt: skip
+    return made(result, out)
 
 
 def adapt(
     model: opt.Model, *, task: opt.Task, data: opt.Data, out: opt.Out, method: opt.Method = "lora",
-    per_group: opt.PerGroup = False, teacher: opt.MaybeTeacher = None, column: opt.Column = None,
-    steps: opt.Steps = None, seed: opt.Seed = 0,
+    per_group: opt.PerGroup = False, teacher: opt.MaybeTeacher = None, test: opt.Test = None,
+    validation: opt.Validation = None, column: opt.Column = None, steps: opt.Steps = None, seed: opt.Seed = 0,
+    settings: opt.AdaptSet = None, anew: opt.Anew = False, task_set: opt.TaskSet = None, skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
     """Train small modules on a frozen model, shared or not. Saves a PEFT adapter folder."""
     from layershare.adapt.folder import AdaptConfig, MatchConfig, adapt_folder
 
-    share = "group" if per_group else "position"
-    config = AdaptConfig.parse({"method": method, "share": share, "seed": seed})
-    training = MatchConfig.parse({"seed": seed} | ({} if steps is None else {"steps": steps}))
-    names = columns(column)
-    history = adapt_folder(
-        model, task, data, out, config=config, training=training, teacher=teacher, columns=names
-    )
-    return Shown(f"{history[-1]}\nSaved in {out}", {"out": str(out), "history": history})
+    given = values(settings, "--set")
+    adapter = {"method": method, "share": "group" if per_group else "position", "seed": seed}
+    config = AdaptConfig.parse(adapter | part(given, "adapter"), where="adapter")
+    training = MatchConfig.parse({"seed": seed} | ({} if steps is None else {"steps": steps}) | given)
+    result = adapt_folder(
+        model, task_of(task, task_set, skip_bad), data, out, config=config, training=training, teacher=teacher,
+        test=files(test), validation=files(validation), columns=columns(column), resume=not anew,
+    )  # fmt: skip
+    return made(result, out)

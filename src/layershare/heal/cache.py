@@ -7,7 +7,6 @@ computes only what is missing, and another teacher or text finds nothing. A file
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from layershare.heal.disk import megabytes, open_array, write_arrays
 from layershare.heal.losses import TopLogits
 from layershare.heal.teacher import Ask, Target, Wanted, live
 from layershare.tasks import Task
-from layershare.tasks.encoding import INPUTS, batches, pad
+from layershare.tasks.encoding import batches
+from layershare.tasks.task import Axis
 
 FORMAT = 1
 SAMPLE = 8
@@ -31,25 +31,22 @@ SAMPLE = 8
 
 @dataclass(frozen=True)
 class Stream:
-    """One kind of output: the shape of an entry, whether a token or a text has one, and its type when kept."""
+    """One kind of output: the shape of an entry, the axis that has one for each token (None: one a row), and its type
+    when kept."""
 
     shape: tuple[int, ...]
-    of_token: bool
+    axis: Axis | None
     dtype: torch.dtype
 
-    def size(self, texts: int, tokens: int) -> int:
-        return (
-            int(np.prod(self.shape, dtype=np.int64))
-            * self.dtype.itemsize
-            * (tokens if self.of_token else texts)
-        )
+    def size(self, entries: int) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize * entries
 
 
 class TeacherOutputs:
-    """The outputs of a teacher for rows of token ids, not computed yet: how large they are, then a way to recall them.
+    """The outputs of a teacher for rows of inputs, not computed yet: how large they are, then a way to recall them.
 
     Args:
-        dataset: token ids, one row a text, as ``task.encode`` gives them.
+        dataset: inputs, one row a text, as ``task.encode`` gives them.
         rows: the rows that will be asked for (default: all); asking for another one is an IndexError.
         device: where the teacher runs (default: where it is).
         half: keep floating point numbers in float16, which halves the size and rounds to about 3 digits.
@@ -72,11 +69,12 @@ class TeacherOutputs:
         self._device = torch.device(device) if device is not None else next(teacher.parameters()).device
         self._batch_size, self._half = batch_size, half
         self._rows = list(range(len(dataset))) if rows is None else sorted(set(rows))
-        names = [name for name in INPUTS if name in dataset.column_names]
+        names = [name for name in task.inputs if name in dataset.column_names]
         columns = {name: dataset[name][:] for name in names}
         self._encoded = {name: [column[i] for i in self._rows] for name, column in columns.items()}
-        lengths = torch.tensor([sum(mask) for mask in self._encoded["attention_mask"]])
-        self._starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        lengths = {axis: torch.tensor(counts) for axis, counts in task.counts(self._encoded).items()}
+        none = torch.zeros(1, dtype=torch.long)
+        self._starts = {axis: torch.cat([none, each.cumsum(0)]) for axis, each in lengths.items()}
         self._place = torch.full((len(dataset),), -1)
         self._place[torch.tensor(self._rows)] = torch.arange(len(self._rows))
         self.streams = {
@@ -86,14 +84,16 @@ class TeacherOutputs:
     @property
     def size(self) -> int:
         """Bytes of all that is kept."""
-        return sum(stream.size(*self._counts) for stream in self.streams.values())
+        return sum(stream.size(self._entries(stream.axis)) for stream in self.streams.values())
 
     def describe(self, names: Iterable[str] = ()) -> str:
         """In words, for the user: the size of each kind of output, or of those with these ``names``."""
-        sizes = {name: self.streams[name].size(*self._counts) for name in names or self.streams}
+        chosen = {name: self.streams[name] for name in names or self.streams}
+        sizes = {name: stream.size(self._entries(stream.axis)) for name, stream in chosen.items()}
         each = ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items())
-        texts, tokens = self._counts
-        return f"{megabytes(sum(sizes.values()))} for {texts:,} texts of {tokens:,} tokens ({each})"
+        tokens = sum(self._entries(axis) for axis in self._starts)
+        what = f"{len(self._rows):,} texts" + (f" of {tokens:,} tokens" if tokens else "")
+        return f"{megabytes(sum(sizes.values()))} for {what} ({each})"
 
     def in_memory(self) -> Ask:
         """Run the teacher once over the texts and keep what it says. Equal to :func:`~.teacher.live` up to rounding: a
@@ -141,38 +141,44 @@ class TeacherOutputs:
         for name, column in self._encoded.items():
             digest.update(name.encode())
             for row in column:
-                digest.update(np.asarray(row, dtype=np.int64).tobytes() + b"/")
+                digest.update(np.asarray(row).tobytes() + b"/")
         return digest.hexdigest()[:16]
 
-    @property
-    def _counts(self) -> tuple[int, int]:
-        return len(self._rows), int(self._starts[-1])
+    def _entries(self, axis: Axis | None) -> int:
+        return len(self._rows) if axis is None else int(self._starts[axis][-1])
 
     def _shape(self, name: str) -> tuple[int, ...]:
         stream = self.streams[name]
-        return (self._counts[stream.of_token], *stream.shape)
+        return (self._entries(stream.axis), *stream.shape)
 
-    def _stream(self, found: tuple[Tensor, bool]) -> Stream:
-        value, of_token = found
+    def _stream(self, found: tuple[Tensor, Axis | None]) -> Stream:
+        value, axis = found
         kept = torch.float16 if self._half else torch.float32
-        return Stream(tuple(value.shape[1:]), of_token, kept if value.is_floating_point() else torch.int32)
+        return Stream(tuple(value.shape[1:]), axis, kept if value.is_floating_point() else torch.int32)
 
-    def _say(self, where: Sequence[int], ask: Ask) -> list[tuple[str, tuple[Tensor, bool]]]:
+    def _say(self, where: Sequence[int], ask: Ask) -> list[tuple[str, tuple[Tensor, Axis | None]]]:
         """What the teacher says of some texts (numbers among the rows kept), as named streams, in one batch."""
         rows = [{name: column[i] for name, column in self._encoded.items()} for i in where]
-        return list(self._ask(pad(self._tokenizer, rows), where, ask).items())
+        return list(self._ask(self._task.collate(self._tokenizer, rows), where, ask).items())
 
     def _ask(
         self, batch: Mapping[str, Tensor], where: Sequence[int], ask: Ask
-    ) -> dict[str, tuple[Tensor, bool]]:
+    ) -> dict[str, tuple[Tensor, Axis | None]]:
         inputs = {name: values.to(self._device) for name, values in batch.items()}
-        return _flat(ask(inputs, torch.tensor(where)), inputs["attention_mask"].bool(), self._wanted)
+        at = torch.tensor(where)
+        masks = {axis: self._mask(axis, at).to(self._device) for axis in self._starts}
+        return _flat(ask(inputs, at), masks, self._wanted)
+
+    def _mask(self, axis: Axis, at: Tensor) -> Tensor:
+        """[B, T], where there are real tokens in a batch of these rows."""
+        lengths = self._starts[axis][at + 1] - self._starts[axis][at]
+        return torch.arange(int(lengths.max())) < lengths[:, None]
 
     def _fill(self, arrays: Mapping[str, Tensor]) -> None:
         ask = live(self._teacher, self._task, self._wanted)
-        for where, batch in batches(self._tokenizer, self._encoded, self._batch_size):
+        for where, batch in batches(self._tokenizer, self._encoded, self._batch_size, self._task.collate):
             slots = self._slots(torch.tensor(where))
-            for name, (value, of_token) in self._ask(batch, where, ask).items():
+            for name, (value, axis) in self._ask(batch, where, ask).items():
                 if name not in arrays:
                     continue
                 kept = value.to("cpu", arrays[name].dtype)
@@ -181,24 +187,29 @@ class TeacherOutputs:
                         f"The teacher's outputs ({name}) are too large for float16.",
                         "Set cache_precision to float32.",
                     )
-                arrays[name][slots if of_token else torch.tensor(where)] = kept
+                arrays[name][slots[axis]] = kept
 
-    def _slots(self, at: Tensor) -> Tensor:
-        return torch.cat([torch.arange(int(self._starts[i]), int(self._starts[i + 1])) for i in at])
+    def _slots(self, at: Tensor) -> dict[Axis | None, Tensor]:
+        """Axis -> where the entries of some rows are kept."""
+        found: dict[Axis | None, Tensor] = {None: at}
+        for axis, starts in self._starts.items():
+            found[axis] = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in at])
+        return found
 
     def _recall(self, arrays: Mapping[str, Tensor]) -> Ask:
         def recall(inputs: Mapping[str, Tensor], rows: Tensor) -> Target:
             at = self._place[rows.cpu()]
             if bool((at < 0).any()):
                 raise IndexError(f"No target was computed for rows {rows[at < 0].tolist()}.")
-            mask = inputs["attention_mask"].bool()
+            device = next(iter(inputs.values())).device
             slots = self._slots(at)
             values = {}
             for name, array in arrays.items():
-                of_token = self.streams[name].of_token
-                value = array[slots if of_token else at].to(mask.device)
+                axis = self.streams[name].axis
+                value = array[slots[axis]].to(device)
                 value = value.float() if value.is_floating_point() else value.long()
-                if of_token:
+                if axis is not None:
+                    mask = self._mask(axis, at).to(device)
                     padded = value.new_zeros(*mask.shape, *value.shape[1:])
                     padded[mask] = value
                     value = padded
@@ -216,9 +227,9 @@ class TeacherOutputs:
         """Name -> (places, what the teacher says there), for rows spread over all."""
         step = max(1, len(self._rows) // SAMPLE)
         where = list(range(0, len(self._rows), step))[:SAMPLE]
-        at = {True: self._slots(torch.tensor(where)).tolist(), False: where}
+        at = {axis: slots.tolist() for axis, slots in self._slots(torch.tensor(where)).items()}
         said = self._say(where, live(self._teacher, self._task, self._wanted))
-        return {name: (at[of_token], value.cpu()) for name, (value, of_token) in said}
+        return {name: (at[axis], value.cpu()) for name, (value, axis) in said}
 
     def _holds(self, array: Tensor, name: str, sample: Mapping[str, tuple[list[int], Tensor]]) -> bool:
         places, said = sample[name]
@@ -245,29 +256,26 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tell(text: str) -> None:
-    """On standard error, which is for what happens."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+def _flat(
+    target: Target, masks: Mapping[Axis, Tensor], wanted: Wanted
+) -> dict[str, tuple[Tensor, Axis | None]]:
+    """Name -> (entries, the axis they lie along), end to end without padding."""
 
+    def entries(value: Tensor, axis: Axis | None) -> tuple[Tensor, Axis | None]:
+        return (value, None) if axis is None or axis not in masks else (value[masks[axis]], axis)
 
-def _flat(target: Target, mask: Tensor, wanted: Wanted) -> dict[str, tuple[Tensor, bool]]:
-    """Name -> (entries, whether they are of tokens), end to end without padding."""
-    found: dict[str, tuple[Tensor, bool]] = {}
+    found: dict[str, tuple[Tensor, Axis | None]] = {}
     if target.embedding is not None:
-        found["embedding"] = target.embedding, False
+        found["embedding"] = target.embedding, None
     if isinstance(target.logits, TopLogits):
-        of_token = target.logits.rest.ndim == 2
         for part, value in target.logits._asdict().items():
-            found[f"top-{wanted.top}-{wanted.temperature:g}-{part}"] = (
-                value[mask] if of_token else value,
-                of_token,
-            )
+            found[f"top-{wanted.top}-{wanted.temperature:g}-{part}"] = entries(value, target.along["logits"])
     elif target.logits is not None:
-        of_token = target.logits.ndim == 3
-        found["logits"] = target.logits[mask] if of_token else target.logits, of_token
-    found |= {f"hidden-{layer}": (value[mask], True) for layer, value in target.hidden.items()}
-    found |= {f"{name}-{wanted.relations}": (value[mask], True) for name, value in target.relations.items()}
+        found["logits"] = entries(target.logits, target.along["logits"])
+    for layer, value in target.hidden.items():
+        found[f"hidden-{layer}"] = entries(value, target.along[f"hidden-{layer}"])
+    for name, value in target.relations.items():
+        found[f"{name}-{wanted.relations}"] = entries(value, target.along["relations"])
     return found
 
 

@@ -89,8 +89,7 @@ class Guard(TrainerCallback):
         if control.should_save and not all(bool(torch.isfinite(p).all()) for p in _trainable(model).values()):
             raise TrainingError(
                 f"The weights are no longer finite numbers after step {state.global_step}.",
-                f"Lower learning_rate (now {args.learning_rate:g}); "
-                f"the last good checkpoint is kept in {args.output_dir}.",
+                f"Lower learning_rate (now {args.learning_rate:g}); {kept(args)}",
             )
         return control
 
@@ -165,8 +164,7 @@ class Progress(TrainerCallback):
             pace = (time.monotonic() - begun) / max(1, state.global_step - first)
             left = pace * (state.max_steps - state.global_step)
             step = f"step {state.global_step} of {state.max_steps}"
-            sys.stderr.write(f"training: {step}, loss {logs['loss']:.4g}, {left:.0f} s left\n")
-            sys.stderr.flush()
+            tell(f"training: {step}, loss {logs['loss']:.4g}, {left:.0f} s left")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -176,6 +174,19 @@ class Progress(TrainerCallback):
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def kept(args: Any) -> str:
+    """What is left of a run that cannot go on."""
+    if any(Path(args.output_dir).glob("checkpoint-*")):
+        return f"the last good checkpoint is kept in {args.output_dir}."
+    return "there was no checkpoint yet."
+
+
+def tell(text: str) -> None:
+    """On standard error, which is for what happens."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:

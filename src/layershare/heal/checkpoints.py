@@ -40,10 +40,10 @@ def resume_point(
         if changed := _differences(stored, identity):
             raise TrainingError(
                 f"The checkpoints in {folder} are of another run: {'; '.join(changed)}.",
-                "Use the same settings, another folder, or resume=False to start anew.",
+                "Use the same settings, another folder, or begin anew (--anew, in Python resume=False).",
             )
         if not _covers(steps[-1], model):
-            raise TrainingError(f"{steps[-1]} lacks weights of the model.", "Remove it, or use resume=False.")
+            raise TrainingError(f"{steps[-1]} lacks weights of the model.", "Remove it, or begin anew.")
         return steps[-1]
     folder.mkdir(parents=True, exist_ok=True)
     part = record.with_suffix(".part")

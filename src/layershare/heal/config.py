@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, NonNegativeInt
 
 from layershare.config import Config
 from layershare.train import TrainConfig
@@ -46,6 +46,11 @@ class DistillConfig(TrainConfig):
         2.0, gt=0, le=100, description="T of the KL term; higher looks more at unlikely classes."
     )
     lambda_mse: float = Field(1.0, ge=0, description="Weight of the MSE of logits beside the KL.")
+    layer_map: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = Field(
+        None,
+        description="Whose hidden states are compared: pairs of a student and a teacher layer, from 0; "
+        "default: as the sharing plan, or the two depths, say.",
+    )
     top_k: int = Field(
         0, ge=0, description="Keep this many of the teacher's logits an entry, and the rest as one; 0: all."
     )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from layershare.errors import OptionError
 from layershare.heal import losses
-from layershare.heal.cache import TeacherOutputs, tell
+from layershare.heal.cache import TeacherOutputs
+from layershare.heal.callbacks import tell
 from layershare.heal.collator import Collator
 from layershare.heal.config import DistillConfig, LossWeights
 from layershare.heal.disk import megabytes
@@ -20,8 +21,7 @@ from layershare.heal.questions import questions
 from layershare.heal.relations import attention_maps, capture
 from layershare.heal.teacher import Ask, Target, Wanted, live
 from layershare.tasks import Data, Task
-from layershare.tasks.encoding import INPUTS
-from layershare.tasks.task import Outputs
+from layershare.tasks.task import Outputs, label_loss
 from layershare.train import length_grouped_order, train
 
 __all__ = [
@@ -54,7 +54,7 @@ def distill(
     The loss is the sum of the terms of ``config.weights`` that the task has. Of logits it is
     ``1/2 sum(KL(p || q) T^2 + lambda MSE(z_t, z_s))`` over the number of entries, where p and q are the softened
     distributions of teacher and student and z their logits; see :mod:`layershare.heal.losses` for what circulating
-    examples get wrong about it. For language models an entry is a real token, for the others a text.
+    examples get wrong about it. Where a task answers at every token an entry is a real token, else a text.
 
     The texts are the different ones of ``data.train``. What the teacher says of them is computed once and reused,
     unless texts are augmented. In memory, that is done where it saves work and fits ``config.cache_mb``; in the folder
@@ -64,8 +64,9 @@ def distill(
     Args:
         student, teacher: models of the task's kind with one vocabulary; depth and hidden size may differ. Where the
             sizes do, hidden states are compared through linear maps that are trained along and thrown away.
-        layer_map: which hidden states are compared (default :func:`matching_layers` of the two depths). A
-            student made by dropping layers is best given :func:`kept_layers`.
+        layer_map: which hidden states are compared where ``config.layer_map`` does not say it (default
+            :func:`matching_layers` of the two depths). A student made by dropping layers is best given
+            :func:`kept_layers`.
         cache: the folder in which the teacher's outputs are kept; None: in memory.
         out: checkpoints go to ``out/checkpoints``.
         resume: go on from the last checkpoint there.
@@ -81,13 +82,14 @@ def distill(
     if data.train is not None:
         for model in (teacher, student):
             task.check(data, model.config)
-    dataset, labels = questions(task, tokenizer, data, teacher.config, config)
-    weights = active_weights(task, config.weights.model_dump(), labels is not None)
+    dataset = questions(task, tokenizer, data, teacher.config, config)
+    weights = active_weights(task, config.weights.model_dump(), "labels" in dataset.column_names)
     check_pair(student, teacher, tokenizer, weights)
-    pairs = layer_pairs(student, teacher, layer_map) if "hidden" in weights else []
+    given = layer_map if config.layer_map is None else config.layer_map
+    pairs = layer_pairs(student, teacher, given) if "hidden" in weights else []
     heads = relation_heads(student, teacher, config) if "relation" in weights else 0
     wanted = _wanted(config, weights, pairs, teacher)
-    collator = Collator(tokenizer, config.augment, config.seed, labels if "labels" in weights else None)
+    collator = Collator(tokenizer, config.augment, config.seed, task.collate)
     ids = dataset["input_ids"][:]
     order = length_grouped_order([len(row) for row in ids], config.batch_size, config.steps, config.seed)
     ask = _asker(teacher, tokenizer, task, dataset, wanted, order, config, cache, quiet)
@@ -100,7 +102,7 @@ def distill(
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
             model.train(config.dropout)
-            inputs = {name: batch[name] for name in INPUTS if name in batch}
+            inputs = {name: batch[name] for name in task.inputs if name in batch}
             target = ask(inputs, batch["row"])
             outputs = task.forward(model, inputs, hidden_states=bool(pairs))
             terms = loss_terms(
@@ -110,11 +112,12 @@ def distill(
                 pairs,
                 config.temperature,
                 config.lambda_mse,
-                batch.get("label"),
+                batch.get("labels"),
                 maps,
+                task.loss,
             )
             if heads:
-                each = [
+                each = [  # of an encoder-decoder, its encoder's
                     losses.relation(relations[n], target.relations[n], heads, outputs.mask) for n in relations
                 ]
                 terms["relation"] = weights["relation"] * torch.stack(each).mean()
@@ -132,11 +135,12 @@ def loss_terms(
     lambda_mse: float = 1.0,
     labels: Tensor | None = None,
     maps: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    true_loss: Callable[[Outputs, Tensor], Tensor] = label_loss,
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss for one batch, by name; ``weights`` says which. Without labels 0 for equal models.
 
     Args:
-        labels: [B], or [B, T] for logits of every token; -100 where there is none.
+        labels: as ``true_loss`` takes them, e.g. [B], or [B, T] for logits of every token; -100 where there is none.
         maps: for each of ``pairs``, what is applied to the student's hidden states before they are compared.
     """
     terms = {}
@@ -146,19 +150,20 @@ def loss_terms(
         if "similarity" in weights:
             terms["similarity"] = losses.similarity(outputs.embedding, target.embedding)
     if outputs.logits is not None:
-        mask = outputs.mask if outputs.logits.ndim == 3 else None
+        mask = outputs.mask_of(outputs.along)
         if target.logits is not None and "logits" in weights:
             terms["logits"] = losses.match_logits(
                 outputs.logits, target.logits, temperature, lambda_mse, mask
             )
         if labels is not None and "labels" in weights:
-            terms["labels"] = losses.label_ce(outputs.logits, labels)
+            terms["labels"] = true_loss(outputs, labels)
     if pairs and "hidden" in weights:
         ours = [outputs.hidden_states[layer + 1] for layer, _ in pairs]
         if maps is not None:
             ours = [project(states) for project, states in zip(maps, ours, strict=True)]
         theirs = [target.hidden[layer] for _, layer in pairs]
-        each = [losses.hidden_mse(a, b, outputs.mask) for a, b in zip(ours, theirs, strict=True)]
+        masks = [outputs.mask_of(outputs.axis(layer)) for layer, _ in pairs]
+        each = [losses.hidden_mse(a, b, mask) for a, b, mask in zip(ours, theirs, masks, strict=True)]
         terms["hidden"] = torch.stack(each).mean()
     return {name: weights[name] * value for name, value in terms.items()}
 

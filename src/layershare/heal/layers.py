@@ -37,18 +37,37 @@ def kept_layers(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int
     return list(enumerate([*reads, teacher_layers - 1]))
 
 
+def depths(model: Any) -> tuple[int, ...]:
+    """The number of layers; of an encoder-decoder those of the encoder and those of the decoder."""
+    if not model.config.is_encoder_decoder:
+        return (model.config.num_hidden_layers,)
+    parts = (model.get_encoder(), model.get_decoder())
+    return tuple(len(next(m for m in part.modules() if isinstance(m, nn.ModuleList))) for part in parts)
+
+
 def layer_pairs(student: Any, teacher: Any, given: LayerMap | None) -> LayerMap:
-    """``given`` if it names layers that are there, or else :func:`matching_layers` of the two depths."""
-    ours, theirs = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    pairs = matching_layers(ours, theirs) if given is None else list(given)
-    for i, j in pairs:
-        if not (0 <= i < ours and 0 <= j < theirs):
+    """``given`` if it names layers that are there, or else :func:`matching_layers` of the two depths.
+
+    In an encoder-decoder positions count through the encoder and on through the decoder.
+    """
+    ours, theirs = depths(student), depths(teacher)
+    if given is None:
+        starts = [(sum(ours[:part]), sum(theirs[:part])) for part in range(len(ours))]
+        return [
+            (first + i, second + j)
+            for (first, second), pair in zip(starts, zip(ours, theirs, strict=True), strict=True)
+            for i, j in matching_layers(*pair)
+        ]
+    for i, j in given:
+        if not (0 <= i < sum(ours) and 0 <= j < sum(theirs)):
             raise OptionError(
                 f"The layer map pairs student layer {i} with teacher layer {j}, "
-                f"but the student has {ours} layers and the teacher {theirs}.",
+                f"but the student has {sum(ours)} layers and the teacher {sum(theirs)}.",
                 "Positions count from 0.",
             )
-    return pairs
+        if len(ours) > 1 and (i < ours[0]) != (j < theirs[0]):
+            raise OptionError(f"The layer map pairs layers {i} and {j}, one of an encoder, one of a decoder.")
+    return list(given)
 
 
 @contextmanager

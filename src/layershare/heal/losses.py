@@ -88,12 +88,15 @@ def keep_top(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
 def label_ce(student: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits [..., C] with the true labels [...], a mean over the entries that have one; 0 without.
 
-    An entry with the label :data:`IGNORED` has none.
+    An entry with the label :data:`IGNORED` (among fractions NaN) has none. Where there is but one logit, C = 1, it is
+    a number that is asked for: the mean squared error.
     """
-    known = labels != IGNORED
+    known = ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
     if not bool(known.any()):
         return student.sum() * 0  # stays in the graph
-    return functional.cross_entropy(student[known], labels[known])
+    if student.shape[-1] == 1:
+        return functional.mse_loss(student[known].squeeze(-1), labels[known].to(student.dtype))
+    return functional.cross_entropy(student[known], labels[known].long())
 
 
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,27 +1,23 @@
-"""What student and teacher are both asked: rows of token ids, and the true answers where the data has them."""
+"""What student and teacher are both asked: rows of inputs, and the true answers where the data has them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from layershare.errors import DataError, OptionError
 from layershare.heal.config import DistillConfig
-from layershare.tasks import Data, Task, causal_lm, masked_lm, text_classification
+from layershare.tasks import Data, Task, causal_lm, masked_lm, span_corruption
 from layershare.tasks.encoding import usable_length
 from layershare.tasks.language import Guessing, Objective, draws, words_of
 
 OBJECTIVES: Mapping[str, Objective] = {
     "masked-lm": masked_lm.OBJECTIVE,
     "causal-lm": causal_lm.OBJECTIVE,
+    "span-corruption": span_corruption.OBJECTIVE,
 }
 
-Labels = list[int] | list[list[int]]
-"""One label a row, or one a token; -100 where there is none."""
 
-
-def questions(
-    task: Task, tokenizer: Any, data: Data, model_config: Any, config: DistillConfig
-) -> tuple[Any, Labels | None]:
-    """(rows of token ids, their labels or None), both in the order of ``task.encode``.
+def questions(task: Task, tokenizer: Any, data: Data, model_config: Any, config: DistillConfig) -> Any:
+    """Rows as ``task.encode`` gives them, with ``labels`` where the data has any.
 
     Language models are asked for what their objective says. What is masked is drawn once from the seed and stays: so
     the teacher's answers can be kept.
@@ -33,19 +29,17 @@ def questions(
     if objective is not None:
         words = words_of(tokenizer, model_config)
         objective.check(words, length, Guessing())
-    dataset = task.encode(tokenizer, data.train, length)
+    dataset = task.encode(tokenizer, data.train, length, model_config)
     if not len(dataset):
         raise DataError("The training data holds no text to train on.", "Give more.")
-    if objective is not None:
-        if config.augment:
-            raise OptionError(f"augment {config.augment:g} does not go with {task.name}.", "Set it to 0.")
-        return _asked(objective, dataset, words, config.seed)
-    if task.name == "text-classification" and "label" in data.train.column_names:
-        return dataset, text_classification.row_labels(data.train, model_config)
-    return dataset, None
+    if config.augment and (objective is not None or task.name == "token-classification"):
+        raise OptionError(f"augment {config.augment:g} does not go with {task.name}.", "Set it to 0.")
+    if objective is None or "labels" in dataset.column_names:
+        return dataset
+    return _asked(objective, dataset, words, config.seed)
 
 
-def _asked(objective: Objective, dataset: Any, words: Any, seed: int) -> tuple[Any, Labels]:
+def _asked(objective: Objective, dataset: Any, words: Any, seed: int) -> Any:
     from datasets import Dataset
 
     ids, labels = [], []
@@ -53,4 +47,6 @@ def _asked(objective: Objective, dataset: Any, words: Any, seed: int) -> tuple[A
         batch = objective.batch([block], draws(seed, [row]), words, Guessing())
         ids.append(batch["input_ids"][0].tolist())
         labels.append(batch["labels"][0].tolist())
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": dataset["attention_mask"][:]}), labels
+    return Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": dataset["attention_mask"][:], "labels": labels}
+    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from layershare.heal.losses import TopLogits, keep_top
 from layershare.heal.relations import attention_maps, capture
 from layershare.tasks import Task
+from layershare.tasks.task import Axis
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Target:
     """The teacher's view of a batch.
 
     Attributes:
-        embedding: [B, d]. logits: [B, C], or [B, T, C] for tasks that answer at every token; TopLogits of it when
-            asked for.
+        embedding: [B, d]. logits: [B, C], or such entries for tokens; TopLogits of it when asked for.
         hidden: layer -> [B, T, d].
         relations: ``q``, ``k``, ``v`` -> [B, T, d].
+        along: ``logits``, ``hidden-LAYER``, ``relations`` -> the axis they lie along; empty if it was cached.
 
     What belongs to a token is 0 where the batch is padded, if it was cached; the losses never look there.
     """
@@ -46,6 +47,7 @@ class Target:
     logits: Tensor | TopLogits | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     relations: Mapping[str, Tensor] = field(default_factory=dict)
+    along: Mapping[str, Axis | None] = field(default_factory=dict)
 
 
 Ask = Callable[[Mapping[str, Tensor], Tensor], Target]
@@ -61,7 +63,7 @@ def live(teacher: nn.Module, task: Task, wanted: Wanted = Wanted()) -> Ask:
     maps = attention_maps(teacher, wanted.relations)
 
     def ask(inputs: Mapping[str, Tensor], rows: Tensor) -> Target:  # noqa: ARG001 - one signature for both
-        device = inputs["input_ids"].device
+        device = next(iter(inputs.values())).device
         if next(teacher.parameters()).device != device:
             teacher.to(device)
         teacher.eval()
@@ -75,6 +77,8 @@ def live(teacher: nn.Module, task: Task, wanted: Wanted = Wanted()) -> Ask:
             logits,
             {layer: out.hidden_states[layer + 1] for layer in wanted.hidden},
             relations,
+            {"logits": out.along, "relations": "source"}
+            | {f"hidden-{layer}": out.axis(layer) for layer in wanted.hidden},
         )
 
     return ask

@@ -11,7 +11,7 @@ from layershare.measure.machine import fixed_threads
 from layershare.measure.memory import peak_memory
 from layershare.measure.opening import base_of, bytes_with_base, open_measured, sparsity_of
 from layershare.result import Figures, Latency
-from layershare.tasks.encoding import pad, usable_length
+from layershare.tasks.encoding import usable_length
 
 if TYPE_CHECKING:
     from layershare.tasks import Data, Task
@@ -77,7 +77,7 @@ def compare(
         length = usable_length(tokenizer, loaded[original].config, max_length)
         some = dataset.select(range(min(len(dataset), 1000)))
         rows = typical(list(task.encode(tokenizer, some, length)), max(batches))
-        inputs = {size: pad(tokenizer, rows[:size]) for size in batches}
+        inputs = {size: task.collate(tokenizer, rows[:size]) for size in batches}
         speeds: dict[str, list[Latency]] = {label: [] for label in models}
         for size, batch in inputs.items():
             progress(f"time batch {size}")

@@ -3,17 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layershare.errors import OptionError
+from layershare.measure.brief import result_of
 from layershare.measure.compare import compare, held_out
-from layershare.measure.machine import machine
 from layershare.measure.opening import base_of
 from layershare.result import Result
+
+if TYPE_CHECKING:
+    from layershare.tasks import Task
 
 
 def evaluate(
     models: Sequence[str] | Mapping[str, str | Path],
-    task: str,
+    task: "str | Task",
     data: Sequence[Path],
     *,
     columns: Mapping[str, str] | None = None,
@@ -41,18 +45,14 @@ def evaluate(
         found = kind.read(data, test=test, validation=validation, columns=columns, seed=seed or 0)
     else:
         found = kind.read(data, columns=columns, split=(1.0, 0.0, 0.0))
-        found = replace(found, test=found.train)
+        found = replace(found, test=found.train if found.test is None else found.test)
     adapters = {label: folder for label, folder in named.items() if base_of(folder) is not None}
     folders = {
         label: Path(folder) if label in adapters else local_folder(folder) for label, folder in named.items()
     }
-    return Result(
-        task=task,
-        metric=kind.metric_of(held_out(found)),
-        higher_is_better=kind.higher_is_better,
-        machine=machine(),
-        data=found.describe(),
+    return result_of(
+        compare(folders, kind, found, progress=progress),
+        source=next(iter(named.values())), task=kind, metric=kind.metric_of(held_out(found)), data=found.describe(),
         seed=seed,
-        models=compare(folders, kind, found, progress=progress),
         notes=[*found.notes, *(f"{label} is an adapter: its base is counted with it." for label in adapters)],
-    )
+    )  # fmt: skip

@@ -1,64 +1,28 @@
 """pretrain: text and a config, or a checkpoint, into a model folder with its tokenizer and a Result."""
 
-import hashlib
-import json
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from layershare import __version__
-from layershare.errors import DataError, ModelError, OptionError
-from layershare.measure.brief import brief
-from layershare.measure.machine import machine
+from layershare.errors import ModelError, OptionError
+from layershare.heal.callbacks import tell
+from layershare.measure.brief import brief, result_of, timed
 from layershare.plan import SharingPlan
-from layershare.pretrain.start import OBJECTIVES, Start, build, find_start, objective_for
-from layershare.pretrain.tokenizer import open_tokenizer, train_tokenizer
-from layershare.result import Result, write_atomic
+from layershare.pretrain.config import PretrainConfig
+from layershare.pretrain.start import OBJECTIVES, build, find_start, objective_for
+from layershare.pretrain.text import blocks_of, described, tokenizer_for
+from layershare.result import Result
 from layershare.sharing import make_plan, plan_of, share
 from layershare.store.open import new_folder
-from layershare.tasks.corpus import Corpus, read_corpus
+from layershare.tasks.corpus import read_corpus
 from layershare.tasks.language import Guessing, Objective, Words, draws, guess_loss, judge, words_of
-from layershare.tasks.packing import Frame, Packed, tokens_of, write_tokens
-from layershare.train import TrainConfig, train
+from layershare.train import train
 
-VOCABULARY = 8192
 WORK = "work"
-
-
-class PretrainConfig(TrainConfig):
-    """How to pretrain: the fields of :class:`~layershare.train.TrainConfig` (a text is a block), and what to guess."""
-
-    steps: int = Field(1000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(32, ge=1, description="Blocks a step, over all devices together.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak of the learning rate (AdamW).")
-    schedule: Literal["linear", "cosine"] = Field("cosine", description="How it falls to 0 after that.")
-    adam_beta2: float = Field(0.98, gt=0, lt=1, description="Memory of squared gradients (AdamW).")
-    objective: Literal["auto", "masked", "causal", "span"] = Field(
-        "auto", description="masked tokens, the next token, left-out spans; auto: what suits the model."
-    )
-    block_size: int = Field(128, ge=8, description="Tokens in a block of packed text.")
-    vocabulary: int = Field(
-        0,
-        ge=0,
-        description="Tokens to train when no tokenizer is given; 0: the config's vocab_size, else 8192.",
-    )
-    rate: float = Field(0.15, gt=0, lt=1, description="Share of tokens that are masked or left out.")
-    mean_span: float = Field(3.0, ge=1, description="Mean length of a left-out span.")
-    separate: bool = Field(False, description="Keep attention inside each document (causal models).")
-    held_out: float = Field(
-        0.05, gt=0, lt=0.5, description="Share of the documents to judge on, without a file."
-    )
-    judged_blocks: int = Field(256, ge=1, description="At most so many held-out blocks are judged.")
-    dropout: bool = Field(True, description="Whether the model trains with its dropout.")
 
 
 def pretrain(
@@ -102,7 +66,7 @@ def pretrain(
             :func:`layershare.train.train`.
     """
     config = config or PretrainConfig()
-    say = (lambda _: None) if quiet else _say
+    say = (lambda _: None) if quiet else tell
     start = find_start(model, overrides)
     objective = OBJECTIVES[objective_for(start.config, config.objective)]
     if start.length is not None and config.block_size > start.length:
@@ -116,50 +80,40 @@ def pretrain(
     with new_folder(out, resume=True) as folder:
         work = folder / WORK
         work.mkdir(exist_ok=True)
-        with _timed("tokenizer", seconds):
-            start, words_from = _tokenizer(start, tokenizer, corpus, objective, config, work, say)
+        with timed("tokenizer", seconds):
+            start, words_from = tokenizer_for(start, tokenizer, corpus, objective, config, work, say)
         net = build(start, objective, words_from, config.seed)
         if plan is not None:
             net = share(net, _planned(net, plan, fresh=start.checkpoint is None))
         words, guessing = words_of(words_from, net.config), _guessing(config)
         objective.check(words, config.block_size, guessing)
         frame = objective.frame(words_from)
-        with _timed("tokens", seconds):
-            blocks, judged = _blocks(corpus, words_from, frame, config, work)
+        with timed("tokens", seconds):
+            blocks, judged = blocks_of(corpus, words_from, frame, config, work)
         say(f"pretrain: {blocks.tokens:,} tokens, {len(blocks):,} blocks of {config.block_size}")
         _probe(net, [blocks.block(0)], objective, words, guessing)
-        with _timed("judge before", seconds):
+        with timed("judge before", seconds):
             before = brief("before", net, judge(net, judged, objective, words, guessing))
         say(f"held-out perplexity before: {before.metrics['perplexity']:.1f}")
-        with _timed("train", seconds):
+        with timed("train", seconds):
             history = train(
                 net, blocks, _Collator(objective, words, guessing, config.seed), _loss(objective, config),
                 config, folder, resume=resume, quiet=quiet,
             )  # fmt: skip
         net.cpu()
-        with _timed("judge after", seconds):
+        with timed("judge after", seconds):
             metrics = judge(net, judged, objective, words, guessing)
         say(f"held-out perplexity after: {metrics['perplexity']:.1f}")
         net.save_pretrained(folder)
         words_from.save_pretrained(folder)
         if (made := plan_of(net)) is not None:
             made.save(folder / "plan.toml")
-        result = Result(
-            source=start.name,
-            machine=machine(torch.get_num_threads()),
-            task=objective.task.name,
-            metric="perplexity",
-            higher_is_better=False,
-            data=_described(corpus, blocks, judged),
-            seed=config.seed,
-            command=" ".join(["layershare", *sys.argv[1:]]) if sys.argv[0].endswith("layershare") else "",
-            models=[before, brief("after", net, metrics, folder)],
-            plan=None if made is None else made.model_dump(mode="json"),
-            plan_picture="" if made is None else made.picture(),
-            history=history,
-            seconds=seconds,
-            notes=[*corpus.notes, f"Settings: {json.dumps(config.model_dump(mode='json'))}"],
-        )
+        result = result_of(
+            [before, brief("after", net, metrics, folder)],
+            source=model if start.checkpoint is not None else start.name, task=objective.task, metric="perplexity",
+            data=described(corpus, blocks, judged), seed=config.seed, settings=config, plan=made, history=history,
+            seconds=seconds, threads=torch.get_num_threads(), notes=corpus.notes,
+        )  # fmt: skip
         result.save(folder / "result.json")
         shutil.rmtree(work)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -183,8 +137,7 @@ def _loss(
 ) -> Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]:
     def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         model.train(config.dropout)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = objective.task.forward(model, inputs).logits
+        logits = objective.task.forward(model, objective.inputs(batch)).logits
         assert logits is not None
         return {"guess": guess_loss(logits, batch["labels"])}
 
@@ -193,54 +146,6 @@ def _loss(
 
 def _guessing(config: PretrainConfig) -> Guessing:
     return Guessing(config.rate, config.mean_span, config.separate)
-
-
-def _tokenizer(
-    start: Start, given: str | Path | None, corpus: Corpus, objective: Objective, config: PretrainConfig,
-    work: Path, say: Callable[[str], None],
-) -> tuple[Start, Any]:  # fmt: skip
-    """The tokenizer given, the checkpoint's own, or one that is trained now (or was, before an interruption)."""
-    source = given if given is not None else start.checkpoint
-    if source is not None:
-        if config.vocabulary:
-            raise OptionError(
-                "vocabulary is for a tokenizer that is trained.", "Leave it out, or the tokenizer."
-            )
-        return start, open_tokenizer(source)
-    size, sentinels = config.vocabulary or start.vocabulary or VOCABULARY, start.config.is_encoder_decoder
-    key = _key(corpus, size, objective.tokenizer_kind, sentinels, config)
-    folder, record = work / "tokenizer", work / "tokenizer.key"
-    if not (record.is_file() and record.read_text(encoding="utf-8") == key):
-        say(f"pretrain: training a tokenizer ({objective.tokenizer_kind}, {size} tokens)")
-        made = train_tokenizer(
-            corpus.stream("train"), objective.tokenizer_kind, size, sentinels=sentinels, length=start.length
-        )
-        made.save_pretrained(folder)
-        write_atomic(record, key)
-    return replace(start, vocabulary=None), open_tokenizer(folder)
-
-
-def _blocks(
-    corpus: Corpus, tokenizer: Any, frame: Frame, config: PretrainConfig, work: Path
-) -> tuple[Packed, list[list[int]]]:
-    """The blocks to train on, in a file, and those to judge on."""
-    assert frame.separator is not None
-    if config.block_size < frame.size + 2:
-        raise OptionError(f"block_size {config.block_size} leaves no room for text.")
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    key = _key(corpus, vocabulary, config.block_size, frame.separator, config)
-    packs = {}
-    for part in ("train", "validation"):
-        stream = tokens_of(tokenizer, corpus.stream(part), frame.separator)
-        count = write_tokens(work / f"{part}.npy", stream, max(tokenizer.get_vocab().values()) + 1, key)
-        packs[part] = Packed(work / f"{part}.npy", frame, config.block_size)
-        if not len(packs[part]):
-            raise DataError(
-                f"The text for {part} has {count} tokens, fewer than one block of {config.block_size} takes.",
-                "Give more text, smaller blocks, or more held-out text.",
-            )
-    judged = packs["validation"]
-    return packs["train"], [judged.block(i) for i in range(min(len(judged), config.judged_blocks))]
 
 
 def _planned(model: Any, plan: SharingPlan | Mapping[str, Any], *, fresh: bool) -> SharingPlan:
@@ -270,10 +175,9 @@ def _probe(
 ) -> None:
     """Run one block, so that one too long for the model, or attention that leaks, is told before training."""
     batch = objective.batch(blocks, draws(0, [0]), words, guessing)
-    batch.pop("labels")
     try:
         with torch.no_grad():
-            model(**batch)
+            objective.task.forward(model, objective.inputs(batch))
     except (IndexError, RuntimeError) as error:
         why = " ".join(str(error).split())[:160]
         raise OptionError(
@@ -294,34 +198,3 @@ def _probe(
             raise OptionError(
                 f"{type(model).__name__} cannot keep documents of a block apart.", "Leave separate out."
             )
-
-
-def _described(corpus: Corpus, blocks: Packed, judged: Sequence[Any]) -> dict[str, Any]:
-    return {
-        "files": dict(corpus.sha256),
-        "sizes": dict(corpus.documents),
-        "columns": dict(corpus.columns),
-        "notes": list(corpus.notes),
-        "tokens": blocks.tokens,
-        "blocks": len(blocks),
-        "judged_blocks": len(judged),
-    }
-
-
-def _key(corpus: Corpus, *rest: Any) -> str:
-    """A hash of the text as it is divided, and of whatever else decides."""
-    *others, config = rest
-    made_of = [__version__, dict(corpus.sha256), dict(corpus.columns), config.held_out, config.seed, *others]
-    return hashlib.sha256(json.dumps([*made_of, dict(corpus.documents)], sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - started, 1)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

@@ -37,6 +37,10 @@ def module_of(block: Block) -> str:
 def axes_of(module: nn.Module, *, reads: bool) -> list[tuple[str, int]]:
     """(leaf, axis) of the parameters of a linear map that have its inputs (``reads``) or outputs along an axis."""
     if isinstance(module, FactoredLinear):
+        if module.diagonal is not None:
+            raise ModelError(
+                "a map with a private diagonal cannot lose inputs or outputs.", "Unshare it first."
+            )
         found = [("base", 1), ("down", 1)] if reads else [("base", 0), ("up", 0), ("bias", 0)]
     else:
         flipped = kind_of(module) == "conv1d"

@@ -229,7 +229,7 @@ def rebuild(
         tie(new, layout)
         verify(new, plan)
         made = getattr(getattr(model.config, "quantization_config", None), "made", None)
-        if layout.jobs or layout.gates:
+        if layout.changes:
             mark(new, plan, made)
     for name, buffer in buffers.items():
         module, _, leaf = name.rpartition(".")

@@ -94,7 +94,7 @@ def shorter_plan(plan: SharingPlan, name: str, length: int, gone: Sequence[int])
         groups=tuple(g for g in groups if len(g.positions) > 1 or g.method == "basis"),
         gates=tuple(gate for gate in one.gates if gate.position not in away),
     )
-    return SharingPlan(stacks=tuple(stacks))
+    return plan.model_copy(update={"stacks": tuple(stacks)})
 
 
 def _without(group: Group, away: set[int]) -> Group:
@@ -121,7 +121,7 @@ def _drop_shared(
         return None if home is None else f"{home}.{rest}"
 
     outline = fit.sketch(type(model), config)
-    if any(one.groups for one in plan.stacks):
+    if plan.tables or any(one.groups for one in plan.stacks):
         install(outline, layout_of(outline, plan))
     maps = {renamed(n): m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
     made: dict[int, Tensor] = {}
@@ -137,5 +137,5 @@ def _drop_shared(
         if not p.requires_grad and (to := renamed(n)) is not None
     }
     buffers = {to: b for n, b in model.named_buffers() if (to := renamed(n)) is not None}
-    shares = any(one.groups or one.gates for one in plan.stacks)
+    shares = plan.tables or any(one.groups or one.gates for one in plan.stacks)
     return fit.rebuild(model, config, state, plan if shares else None, buffers, frozen)

@@ -64,7 +64,9 @@ def targets(model: nn.Module, stacks: Sequence[Stack], parts: Sequence[str]) -> 
                     continue
                 leaves = FACTORS if isinstance(module, FactoredLinear) and leaf == "weight" else (leaf,)
                 for one in leaves:
-                    if (parameter := module._parameters.get(one)) is None:
+                    if (
+                        parameter := module._parameters.get(one)
+                    ) is None or parameter.dim() < 2:  # a diagonal stays
                         continue
                     plain = kind_of(module) != "other"
                     old = found.get(id(parameter))

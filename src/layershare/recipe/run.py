@@ -161,6 +161,7 @@ def _inputs(recipe: Recipe, stage: Stage, models: Mapping[str, str], source: Sou
             *(None if file is None else _hash(Path(file)) for file in held),
         ]
         data = {"task": source.task, "columns": source.columns, "sha256": hashes}
+        data |= source.model_dump(include={"settings", "skip_bad"}, exclude_defaults=True)
     return {
         "layershare": __version__,
         "settings": settings | ({"task": source.task} if source is not None else {}),

@@ -15,7 +15,7 @@ from layershare.errors import StoreError
 from layershare.finetune import FinetuneConfig
 from layershare.measure.size import weight_files
 from layershare.plan import SharingPlan
-from layershare.pretrain.run import VOCABULARY
+from layershare.pretrain.config import VOCABULARY
 from layershare.pretrain.start import OBJECTIVES, find_start, objective_for
 from layershare.recipe.verbs import (
     AdaptStage,
@@ -32,7 +32,6 @@ from layershare.sharing.folder import from_the_start, plan_for
 from layershare.sharing.tie import count
 from layershare.stacks import find_stacks
 from layershare.store.open import sketch
-from layershare.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ def of_stage(stage: Stage, sizes: Mapping[str, Size], source: Source | None) -> 
 def steps_of(stage: Stage, source: Source | None) -> int | None:
     """Optimizer steps, at most; None for a stage without training."""
     if isinstance(stage, FinetuneStage) and not stage.steps and source is not None:
-        found = get_task(source.task).read(source.paths, seed=stage.seed, **source.reading())
-        rows = len(set(found.train["text"][:])) if found.train is not None else 0
+        found = source.kind.read(source.paths, seed=stage.seed, **source.reading())
+        rows = len(source.kind.texts(found))
         config = stage.taken(FinetuneConfig)
         return math.ceil(config.epochs * math.ceil(rows / config.batch_size))
     return getattr(stage, "steps", None) if trains(stage) else None
@@ -116,12 +115,12 @@ def _pretrained(stage: PretrainStage, taken: Mapping[str, Size]) -> Size:
 
 def _with_head(taken: Size, source: Source) -> Size:
     """Fine-tuning saves in float32, and gives a model a head where it has none."""
-    net, task = taken.net, get_task(source.task)
+    net, task = taken.net, source.kind
     if net is None:
         return replace(taken, exact=False)
-    if "Classification" not in type(net).__name__:
-        found = task.read(source.paths, **source.reading())
-        config = type(net.config).from_dict(net.config.to_dict() | {"num_labels": len(found.labels)})
+    if task.head is not None and "Classification" not in type(net).__name__:
+        settings = task.head(task.read(source.paths, **source.reading()))
+        config = type(net.config).from_dict(net.config.to_dict() | settings)
         with torch.device("meta"):
             headed = getattr(transformers, task.auto_class).from_config(config)
         # Of the base, what the head does not use (a pooler, a language-model head) goes.

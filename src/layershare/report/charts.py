@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from layershare.report import svg
-from layershare.result import Figures
+from layershare.result import Figures, Latency
 
 WIDTH, BAR, STEP = 720, 24, 34
 
@@ -51,13 +51,19 @@ def curve(history: Sequence[Mapping], key: str, width: int = WIDTH, height: int 
 
 
 def latency_bars(models: Sequence[Figures], batch: int, width: int = WIDTH) -> str:
-    """A bar per model: the median solid, up to the 95th percentile pale; milliseconds from zero."""
-    rows = []
-    for place, model in enumerate(models):
-        if speed := model.speed(batch):
-            said = f"{speed.p50_ms:.1f} ms (p95 {speed.p95_ms:.1f})"
-            rows.append((model.label, tone(place), speed.p50_ms, speed.p95_ms, said))
-    return _bars(rows, width, f"latency at batch {batch}")
+    """A bar per model that was timed at this batch size; see :func:`time_bars`."""
+    timed = [(place, model.label, model.speed(batch)) for place, model in enumerate(models)]
+    rows = [(label, speed, tone(place)) for place, label, speed in timed if speed]
+    return time_bars(rows, f"latency at batch {batch}", width)
+
+
+def time_bars(rows: Sequence[tuple[str, Latency, str]], title: str, width: int = WIDTH) -> str:
+    """A bar for each (label, time, tone): the median solid, up to the 95th percentile pale; milliseconds from zero."""
+    bars = [
+        (label, colour, speed.p50_ms, speed.p95_ms, f"{speed.p50_ms:.1f} ms (p95 {speed.p95_ms:.1f})")
+        for label, speed, colour in rows
+    ]
+    return _bars(bars, width, title)
 
 
 def parameter_bars(models: Sequence[Figures], width: int = WIDTH) -> str:

@@ -57,7 +57,7 @@ def tiles(result: Result) -> list[tuple[str, str]]:
 def quality_key(result: Result) -> str:
     """The key of the history that follows the headline metric during training, or ''."""
     keys = dict.fromkeys(key for entry in result.history for key in entry)
-    return next((key for key in keys if key.endswith(result.metric)), "")
+    return next((key for key in keys if result.metric and key.endswith(result.metric)), "")
 
 
 def provenance(result: Result) -> list[tuple[str, str]]:

@@ -1,74 +1,135 @@
 """share and unshare: from a model and a plan to a shared model, and back."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from layershare.errors import PlanError
 from layershare.plan import SharingPlan
-from layershare.sharing import lowrank, merge
 from layershare.sharing.carry import mark, plan_of, unmark
 from layershare.sharing.depth import drop_layers
-from layershare.sharing.layout import Job, Layout, find
-from layershare.sharing.statistics import Grams, collect
+from layershare.sharing.embedding import count_tokens
+from layershare.sharing.layout import Layout, find
+from layershare.sharing.moments import Moments, measure
+from layershare.sharing.sequential import solve_in_order
+from layershare.sharing.solve import solve
+from layershare.sharing.statistics import collect
 from layershare.sharing.tie import fill, install, layout_of, tie, undo, verify
 from layershare.stacks import find_stacks
 
+Fit = Literal["inputs", "answer"]
+
 
 def share(
-    model: PreTrainedModel, plan: SharingPlan, *, calibration: Iterable[Mapping[str, Any]] | None = None,
+    model: PreTrainedModel, plan: SharingPlan, *,
+    calibration: Iterable[Mapping[str, Any]] | Moments | None = None, fit: Fit = "inputs", sequential: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """A new model that shares parameters as ``plan`` says; ``model`` is untouched.
 
     ``calibration``: batches for ``model(**batch)``. With it, low-rank corrections and bases are fitted where the
     activations are (whitened), and the merge ``regmean`` becomes possible; without it the weights alone decide.
+    ``fit="answer"``: factors are fitted to the model's answer instead of to each map's own output, which costs a
+    backward pass over the batches and loses much less (:mod:`~layershare.sharing.sensitivity`). ``calibration`` may
+    also be the :class:`~layershare.sharing.moments.Moments` measured before; these say by themselves what to fit.
+    ``sequential``: fit each map on the activations of the model compressed so far, with the original's outputs as
+    targets (:mod:`~layershare.sharing.sequential`); slower, since both models run once for each step.
     Raises :class:`~layershare.errors.PlanError` if the plan does not fit, or needs a calibration that is not given.
     """
+    if sequential and (calibration is None or isinstance(calibration, Moments) or fit != "inputs"):
+        raise PlanError(
+            "sequential sharing fits each map on activations.", "Give calibration batches, and fit='inputs'."
+        )
+    student, layout = begin(model, plan, calibrated=calibration is not None)
+    known = calibration if isinstance(calibration, Moments) else None
+    batches = [] if calibration is None or known else list(calibration)
+    counts = {job.modules[0]: count_tokens(model, job, batches) for job in layout.tables if batches}
+    wanted = [module for job in layout.jobs if job.uses_activations for module in job.modules]
+    if sequential and wanted:
+        values = solve_in_order(student, model, layout, in_original(model, plan), batches, counts)
+        finish(student, layout, plan, whitened=True, sequential=True, texts=_texts(batches))
+        fill(student, values)
+        return student
+    moments = Moments()
+    if calibration is not None and wanted:
+        moments = _statistics(model, plan, sorted(set(wanted)), known or batches, fit)
+    weights: dict[str, Tensor] = dict(student.named_parameters(remove_duplicate=False))
+    # What a group lends to another one must outlive its own merge, which is written in place.
+    weights |= {name: weights[name].clone() for job in layout.jobs for name in job.sources[len(job.names) :]}
+    made: dict[str, Any] = {"whitened": bool(moments.inputs)}
+    made |= ({"fit": "answer"} if moments.slopes else {}) | ({"texts": _texts(batches)} if batches else {})
+    finish(student, layout, plan, **made)
+    for solved in solve(layout, weights.__getitem__, moments, counts):
+        fill(student, solved)
+    return student
+
+
+def _texts(batches: Iterable[Mapping[str, Any]]) -> int:
+    """How many texts (images, recordings) the calibration had."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def begin(model: PreTrainedModel, plan: SharingPlan, *, calibrated: bool) -> tuple[PreTrainedModel, Layout]:
+    """A copy of ``model`` without the positions that are dropped, and what is to be done to it. Raises as ``share``."""
     if plan_of(model) is not None:
         raise PlanError(f"{type(model).__name__} is shared already.", "Call layershare.unshare(model) first.")
     student = dropped(model, plan)
     layout = layout_of(student, plan)
     _refuse_idle(plan, layout)
-    if calibration is None and (
-        needy := next((job for job in layout.jobs if job.group.merge == "regmean"), None)
-    ):
+    if not calibrated and (needy := next((job for job in layout.jobs if job.group.merge == "regmean"), None)):
         raise PlanError(
             f"merge 'regmean' of {needy.names[0]} needs activations.", "Give calibration batches."
         )
-    wanted = {name for job in layout.jobs if _uses_activations(job) for name in job.modules}
-    grams = (
-        _statistics(model, plan, sorted(wanted), calibration) if calibration is not None and wanted else {}
-    )
-    values = solve(layout, dict(student.named_parameters(remove_duplicate=False)), grams)
+    return student, layout
+
+
+def finish(student: PreTrainedModel, layout: Layout, plan: SharingPlan, **made: Any) -> None:
+    """Give the student its factored modules, gates, ties and plan; the values of shared tensors come after.
+
+    ``made`` is written beside the plan: how the values were fitted.
+    """
     install(student, layout)
-    fill(student, values)
     tie(student, layout)
     verify(student, plan)
-    if layout.jobs or layout.gates:  # a model that only lost positions is an ordinary one
-        mark(student, plan, made={"whitened": bool(grams)})
-    return student
+    if layout.changes:  # a model that only lost positions is an ordinary one
+        mark(student, plan, made=made)
 
 
 def _statistics(
     model: PreTrainedModel,
     plan: SharingPlan,
     modules: Sequence[str],
-    calibration: Iterable[Mapping[str, Any]],
-) -> Grams:
-    """What the student's ``modules`` see in the original (measured: better than in a model with positions dropped)."""
+    calibration: Moments | list[Mapping[str, Any]],
+    fit: Fit,
+) -> Moments:
+    """Of the student's ``modules``, in the original (measured: better than in a model with positions dropped)."""
+    original = {name: in_original(model, plan)(name) for name in modules}
+    if isinstance(calibration, Moments):
+        known = calibration
+    elif fit == "answer":
+        known = measure(model, calibration, modules=list(original.values()))
+    else:
+        known = Moments(collect(model, original.values(), calibration))
+    if not set(original.values()) <= known.inputs.keys():
+        raise PlanError("the moments are not those of this model and plan.", "Measure them on this model.")
+    return Moments(*({name: kind[old] for name, old in original.items() if old in kind} for kind in known))
+
+
+def in_original(model: PreTrainedModel, plan: SharingPlan) -> Callable[[str], str]:
+    """A function from the name of a module or tensor after dropping to its name in ``model``."""
     stacks = find_stacks(model, [one.name for one in plan.stacks])
     kept = {find(stacks, one.name).name: one.kept for one in plan.stacks}
-    in_original = {}
-    for name in modules:
-        stack = next(stack for stack in kept if name.startswith(f"{stack}."))
+
+    def original(name: str) -> str:
+        stack = next((stack for stack in kept if name.startswith(f"{stack}.")), None)
+        if stack is None:
+            return name
         layer, _, rest = name[len(stack) + 1 :].partition(".")
-        in_original[name] = f"{stack}.{kept[stack][int(layer)]}.{rest}"
-    grams = collect(model, in_original.values(), calibration)
-    return {name: grams[original] for name, original in in_original.items()}
+        return f"{stack}.{kept[stack][int(layer)]}.{rest}"
+
+    return original
 
 
 def _refuse_idle(plan: SharingPlan, layout: Layout) -> None:
@@ -93,7 +154,10 @@ def unshare(model: PreTrainedModel) -> PreTrainedModel:
     undo(dense, layout_of(dense, plan))
     unmark(dense)
     rest = plan.model_copy(
-        update={"stacks": tuple(s.model_copy(update={"groups": ()}) for s in plan.stacks if s.gates)}
+        update={
+            "stacks": tuple(s.model_copy(update={"groups": ()}) for s in plan.stacks if s.gates),
+            "tables": (),
+        }
     )
     if rest.stacks:
         mark(dense, rest)
@@ -111,63 +175,3 @@ def dropped(model: PreTrainedModel, plan: SharingPlan) -> PreTrainedModel:
         if one.drop:
             student = drop_layers(student, find(find_stacks(student, [one.name]), one.name), one.drop)
     return copy.deepcopy(model) if student is model else student
-
-
-@torch.no_grad()
-def solve(layout: Layout, weights: Mapping[str, Tensor], grams: Grams) -> dict[str, Tensor]:
-    """The values of all shared tensors and factors, by their names after sharing. Pure: tensors in, tensors out."""
-    values: dict[str, Tensor] = {}
-    for job in layout.jobs:
-        values |= _solve_one(
-            job, [weights[name] for name in job.names], [grams[m] for m in job.modules if m in grams]
-        )
-    return values
-
-
-def _solve_one(job: Job, weights: list[Tensor], grams: list[Tensor]) -> dict[str, Tensor]:
-    if job.weight.kind == "conv1d":
-        weights = [weight.T for weight in weights]
-    group, seen = job.group, grams or None
-    owners = [names[0] for names in job.ties]
-    if group.method == "basis" and group.side == "input":
-        ups, down = lowrank.shared_input(weights, group.rank, seen)
-        return {owners[0]: down} | {f"{m}.up": up for m, up in zip(job.modules, ups, strict=True)}
-    if group.method == "basis" and group.side == "output":
-        up, downs = lowrank.shared_output(weights, group.rank, seen)
-        return {owners[0]: up} | {f"{m}.down": down for m, down in zip(job.modules, downs, strict=True)}
-    merged = _merge(job, weights, grams)
-    if not job.factored:
-        return {owners[0]: merged.T if job.weight.kind == "conv1d" else merged}
-    if group.method == "basis":
-        up, down = lowrank.truncate(merged, group.rank, _gram_of_merged(job, grams))
-        return {owners[0]: down, owners[1]: up}
-    values = {owners[0]: merged}
-    for i, (module, weight) in enumerate(zip(job.modules, weights, strict=True)):
-        up, down = lowrank.truncate(weight - merged, group.rank, grams[i] if grams else None)
-        values |= {f"{module}.up": up, f"{module}.down": down}
-    return values
-
-
-def _gram_of_merged(job: Job, grams: list[Tensor]) -> Tensor | None:
-    """What the merged weight sees: the inputs of the position that gave it, or those of all."""
-    if not grams:
-        return None
-    picked = {"first": 0, "last": -1, "pick": job.source}.get(job.group.merge)
-    return grams[picked] if picked is not None else torch.stack(grams).mean(0)
-
-
-def _merge(job: Job, weights: list[Tensor], grams: list[Tensor]) -> Tensor:
-    match job.group.merge:
-        case "first":
-            return merge.first(weights)
-        case "last":
-            return merge.last(weights)
-        case "pick":
-            return weights[job.source].clone()
-        case "regmean" if job.weight.kind != "other":
-            return merge.regmean(weights, grams)
-    return merge.mean(weights)
-
-
-def _uses_activations(job: Job) -> bool:
-    return job.weight.kind != "other" and (job.factored or job.group.merge == "regmean")

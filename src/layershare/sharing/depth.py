@@ -21,7 +21,9 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
     Raises ModelError if no field does it, PlanError if a later layer lacks parameters that the first one brings.
     """
     kept = [position for position in range(stack.length) if position not in positions]
-    shorter = _build(type(model), _shorter_config(model, stack, kept))
+    config = _shorter_config(model, stack, kept)
+    with model.device:  # a model of names and shapes alone stays one
+        shorter = _build(type(model), config)
     # The tensors themselves, each in its own precision, with the buffers that no checkpoint keeps.
     state = {name: value.clone() for name, value in _renumbered(model.state_dict(), stack, kept)}
     missing, unexpected = shorter.load_state_dict(state, strict=False, assign=True)

@@ -4,15 +4,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layershare.compress import calibration as batches_of
 from layershare.errors import OptionError
-from layershare.heal.config import DistillConfig
+from layershare.measure.brief import brief, result_of
 from layershare.plan import SharingPlan
 from layershare.presets import FIXED
 from layershare.sharing import make_plan, share
 from layershare.stacks import find_stacks
-from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
-from layershare.tasks import get_task
+from layershare.store.open import (
+    copy_preprocessing,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    new_folder,
+    outline,
+)
+from layershare.store.shards import SHARD_SIZE
+from layershare.store.stream import share_stream
+from layershare.tasks import Task, get_task
 
 
 def share_folder(
@@ -21,30 +29,51 @@ def share_folder(
     *,
     plan: str | Path | None = None,
     calibration: Sequence[Path] = (),
-    task: str | None = None,
+    task: str | Task | None = None,
     reading: Mapping[str, Any] | None = None,
+    stream: bool = False,
+    sequential: bool = False,
     **options: Any,
 ) -> Any:
-    """Share ``model`` and save it as ``out`` with its tokenizer and plan, without healing. Returns the student.
+    """Share ``model`` and save it as ``out`` with its tokenizer, plan and a Result of the sizes, without healing.
+
+    Returns the student.
 
     plan: a plan file; else ``options`` for :func:`layershare.make_plan`. calibration: files to fit the shared tensors
-    on, read as ``task`` does, with ``reading`` as its arguments (default: every row counts).
+    on, read as ``task`` does, with ``reading`` as its arguments (default: every row counts). stream: from file to file,
+    for checkpoints larger than memory; the same files come out, and the student returned has names and shapes alone.
+    sequential: see :func:`layershare.share`.
     Raises OptionError, PlanError, ModelError, DataError, and StoreError if there is something in ``out``.
     """
     if calibration and task is None:
         raise OptionError("--calibration needs --task, which says how the file is read.")
+    if sequential and not calibration:
+        raise OptionError("--sequential needs --calibration, texts to fit on.")
+    if calibration and stream:
+        raise OptionError("--stream cannot run the model on a calibration file.", "Leave out one of the two.")
     with new_folder(out) as folder:
-        original = load_model(model)
+        original = outline(model) if stream else load_model(model)
         made = plan_for(find_stacks(original), plan, **options)
         batches = None
         if calibration and task is not None:
+            from layershare.compress import calibration as batches_of  # seconds that others need not wait
+            from layershare.heal.config import DistillConfig
+
             kind = get_task(task)
             found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
             batches = batches_of(kind, load_tokenizer(model), found, DistillConfig())
-        student = share(original, made, calibration=batches)
-        student.save_pretrained(folder)
+        if stream:
+            student = share_stream(original, made, local_folder(model), folder)
+        else:
+            student = share(original, made, calibration=batches, sequential=sequential)
+            student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(model, folder)
         made.save(folder / "plan.toml")
+        result_of(
+            [brief("before", original, {}, model), brief("shared", student, {}, folder)],
+            source=model,
+            plan=made,
+        ).save(folder / "result.json")
     return student
 
 

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from layershare.errors import PlanError, nearest
 from layershare.plan import Gate, Group, SharingPlan, StackPlan
+from layershare.sharing.embedding import TableJob
 from layershare.stacks import PARTS, Stack, Weight, same_stack
 
 
@@ -19,16 +20,44 @@ class Job:
     layers: tuple[int, ...]
     """Indices into the stack as it is now, after any drop."""
     source: int = 0
-    """With merge ``pick``: which of ``layers`` gives its weights."""
+    """With merge ``pick``: which of ``sources`` gives its weights."""
+    lender: int | None = None
+    """A layer outside of ``layers`` that gives its weights."""
 
     @property
     def factored(self) -> bool:
         return self.group.rank > 0
 
     @property
+    def full_rank(self) -> bool:
+        """Whether the factors could hold any matrix."""
+        return self.factored and self.group.rank >= min(self.weight.shape)
+
+    @property
+    def saves(self) -> bool:
+        """Whether less is stored than without the job."""
+        return not self.full_rank and self.stored < self.weight.size * len(self.layers)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Full names of the original parameters, one a layer; the first one owns."""
         return tuple(f"{self.stack}.{layer}.{self.weight.name}" for layer in self.layers)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Full names of the parameters that the values are made of: ``names``, and the lender's if there is one."""
+        lent = () if self.lender is None else (f"{self.stack}.{self.lender}.{self.weight.name}",)
+        return (*self.names, *lent)
+
+    @property
+    def uses_activations(self) -> bool:
+        """Whether the values depend on what the maps see."""
+        return self.weight.kind != "other" and (self.factored or self.group.merge == "regmean")
+
+    @property
+    def private(self) -> bool:
+        """Whether each position has factors of its own."""
+        return self.factored and set(self.tied_leaves) != {"down", "up"}
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -58,7 +87,8 @@ class Job:
         out_features, in_features = (columns, rows) if self.weight.kind == "conv1d" else (rows, columns)
         up, down = out_features * self.group.rank, self.group.rank * in_features
         if self.group.method == "tie":
-            return self.weight.size + len(self.layers) * (up + down)
+            diagonal = min(self.weight.shape) if self.group.diagonal else 0
+            return self.weight.size + len(self.layers) * (up + down + diagonal)
         times = len(self.layers)
         return sum(
             size * (1 if leaf in self.tied_leaves else times) for leaf, size in (("up", up), ("down", down))
@@ -74,10 +104,17 @@ class Layout:
     """Full name of the layer module, and its gate."""
     notes: tuple[str, ...] = ()
     """What was left private although the plan names its part, and why."""
+    tables: tuple[TableJob, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether the model needs layershare to load."""
+        return bool(self.jobs or self.gates or self.tables)
 
     @property
     def ties(self) -> Iterator[tuple[str, ...]]:
-        return (tie for job in self.jobs if len(job.layers) > 1 for tie in job.ties)
+        yield from (tie for job in self.jobs if len(job.layers) > 1 for tie in job.ties)
+        yield from (tie for table in self.tables if len(table.modules) > 1 for tie in table.ties)
 
 
 @dataclass(frozen=True)
@@ -117,6 +154,22 @@ def predict(stacks: Sequence[Stack], plan: SharingPlan) -> Prediction:
     return Prediction(effective, effective - saved, before - saved_bytes, before)
 
 
+def remarks(stacks: Sequence[Stack], plan: SharingPlan) -> tuple[str, ...]:
+    """What a reader of ``plan`` should know beside its picture, on the (original, undropped) ``stacks``: layers of
+    several kinds, and what stays private although the plan names its part."""
+    found: list[str] = []
+    for one in plan.stacks:
+        stack = find(stacks, one.name)
+        if one.groups and len(stack.kinds) > 1:
+            kinds = "; ".join(", ".join(map(str, positions)) for positions in stack.kinds)
+            found.append(
+                f"{stack.name} has layers of {len(stack.kinds)} kinds, which share only with their likes: {kinds}"
+            )
+        layout = resolve([drop(stack, one.drop)], SharingPlan(stacks=(one,)))
+        found += [f"{stack.name}: {note}" for note in layout.notes]
+    return tuple(found)
+
+
 def drop(stack: Stack, positions: Sequence[int]) -> Stack:
     """The stack without some positions."""
     kept = [i for i in range(stack.length) if i not in positions]
@@ -135,6 +188,16 @@ def find(stacks: Sequence[Stack], name: str) -> Stack:
     if len(found := exact or akin) != 1:
         raise PlanError(f"the model has no stack {name!r}.", nearest(name, [stack.name for stack in stacks]))
     return found[0]
+
+
+def present(stacks: Sequence[Stack], plan: SharingPlan) -> SharingPlan:
+    """``plan`` without what it says of stacks that the model does not have; all of it if it has none of them."""
+    exact = {stack.name for stack in stacks} & {one.name for one in plan.stacks}
+    left = [stack.name for stack in stacks if stack.name not in exact]
+    kept = tuple(
+        one for one in plan.stacks if one.name in exact or any(same_stack(name, one.name) for name in left)
+    )
+    return plan.model_copy(update={"stacks": kept or plan.stacks})
 
 
 def resolve(stacks: Sequence[Stack], plan: SharingPlan) -> Layout:
@@ -190,9 +253,14 @@ def _jobs(
                 f"part {part!r} matches no parameter at positions {list(group.positions)} of {plan.name!r}.",
                 nearest(part, [*present, *names]) if "*" not in part else f"Parts: {', '.join(present)}.",
             )
+    # A rank that suits the large matrices of a basis may be more than all that a small one has.
+    saving = group.method == "basis" and any(
+        weights[key].factorable and Job(stack.name, group, weights[key], tuple(layers)).saves
+        for key, layers in likes.items()
+    )
     for key, layers in likes.items():
         weight = weights[key]
-        source = _source(group, index, layers, weight, notes)
+        source, lender = _source(stack, group, index, layers, weight, notes)
         if len(layers) < len(group.positions) and len(group.positions) > 1:
             where = [plan.kept[layer] for layer in layers]
             fate = "shared among these" if len(where) > 1 else "it stays private"
@@ -202,25 +270,39 @@ def _jobs(
                 notes.append(f"{weight.name} is no plain linear map: it has no basis, it stays private")
                 continue
             notes.append(f"{weight.name} is no plain linear map: tied without a private correction")
-            group_without = group.model_copy(update={"rank": 0})
+            group_without = group.model_copy(update={"rank": 0, "diagonal": False})
             if len(layers) > 1:
-                yield Job(stack.name, group_without, weight, tuple(layers), source)
-        elif group.rank and group.rank >= min(weight.shape):
+                yield Job(stack.name, group_without, weight, tuple(layers), source, lender)
+        elif (job := Job(stack.name, group, weight, tuple(layers), source, lender)).full_rank and not saving:
             raise PlanError(
                 f"rank {group.rank} is not below the smaller side of {weight.name} {list(weight.shape)}.",
                 f"Take at most {min(weight.shape) - 1}, or leave the parameter out of the group.",
             )
+        elif saving and not job.saves:
+            notes.append(
+                f"{weight.name} {list(weight.shape)}: factors of rank {group.rank} save nothing, it stays private"
+            )
         elif len(layers) > 1 or group.method == "basis":
-            yield Job(stack.name, group, weight, tuple(layers), source)
+            yield job
 
 
-def _source(group: Group, index: dict[int, int], layers: list[int], weight: Weight, notes: list[str]) -> int:
-    if group.source is None or index[group.source] in layers:
-        return 0 if group.source is None else layers.index(index[group.source])
+def _source(
+    stack: Stack, group: Group, index: dict[int, int], layers: list[int], weight: Weight, notes: list[str]
+) -> tuple[int, int | None]:
+    """Which of the sources gives its weights, and the lender, if the source is not in the group."""
+    if group.source is None:
+        return 0, None
+    if (layer := index[group.source]) in layers:
+        return layers.index(layer), None
+    if any(
+        (one.name, one.shape, one.kind) == (weight.name, weight.shape, weight.kind)
+        for one in stack.layers[layer]
+    ):
+        return len(layers), layer
     notes.append(
         f"{weight.name} does not stand like this at position {group.source}: its first user gives it"
     )
-    return 0
+    return 0, None
 
 
 def matches(weight: Weight, part: str) -> bool:

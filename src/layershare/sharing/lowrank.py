@@ -21,46 +21,172 @@ def root(gram: Tensor, ridge: float = 1e-6) -> Factors:
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
-def truncate(weight: Tensor, rank: int, gram: Tensor | None = None) -> Factors:
-    """The best ``up`` (out, rank), ``down`` (rank, in) of one matrix: Eckart-Young in the metric of G."""
-    ups, down = shared_input([weight], rank, None if gram is None else [gram])
+def truncate(weight: Tensor, rank: int, gram: Tensor | None = None, slope: Tensor | None = None) -> Factors:
+    """The best ``up`` (out, rank), ``down`` (rank, in) of one matrix: Eckart-Young in the metric of G and ``slope``."""
+    ups, down = shared_input(
+        [weight], rank, None if gram is None else [gram], None if slope is None else [slope]
+    )
     return ups[0], down
 
 
 def shared_input(
-    weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None
-) -> tuple[list[Tensor], Tensor]:
+    weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None, slopes: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Basis Sharing (Wang et al., 2024, 2410.03765): W_l = up_l @ down with one ``down`` (rank, in) for all positions.
 
-    One whitening for the group, from the sum of the Gram matrices. Returns the private ``up_l`` (out, rank) and
-    ``down``.
+    One whitening for the group, from the sum of the Gram matrices. ``slopes``: the moments of the answer's gradients at
+    the outputs, (out, out), see :mod:`~layershare.sharing.sensitivity`; each position is then fitted to the answer.
+    Returns the private ``up_l`` (out, rank) and ``down``.
     """
-    stacked = torch.cat([weight.double() for weight in weights])
+    views = _views(slopes, len(weights))
+    stacked = torch.cat([_forth(view, weight.double()) for view, weight in zip(views, weights, strict=True)])
     root_, inverse = (
         _identity(stacked) if grams is None else root(torch.stack([g.double() for g in grams]).sum(0))
     )
     u, s, vh = torch.linalg.svd(stacked @ root_, full_matrices=False)
     scale = _halves(s[:rank])
-    up, down = _balanced(u[:, :rank] * (s[:rank] / scale), (scale[:, None] * vh[:rank]) @ inverse)
-    ups = up.split([len(weight) for weight in weights])
-    return [up.to(weights[0].dtype) for up in ups], down.to(weights[0].dtype)
+    pieces = (u[:, :rank] * (s[:rank] / scale)).split([len(weight) for weight in weights])
+    ups = torch.cat([_back(view, piece) for view, piece in zip(views, pieces, strict=True)])
+    up, down = balanced(ups, (scale[:, None] * vh[:rank]) @ inverse)
+    private = up.split([len(weight) for weight in weights])
+    return [up.to(weights[0].dtype) for up in private], down.to(weights[0].dtype)
 
 
 def shared_output(
-    weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None
-) -> tuple[Tensor, list[Tensor]]:
+    weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None, slopes: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """One ``up`` (out, rank) for all positions, W_l = up @ down_l; each position is whitened by its own Gram matrix.
 
+    ``slopes``: as for ``shared_input``; one metric for the group, from their sum.
     Returns ``up`` and the private ``down_l`` (rank, in): the projections on the best common output space.
     """
-    dense = [weight.double() for weight in weights]
+    (view,) = _views(slopes and [torch.stack([s.double() for s in slopes]).sum(0)], 1)
+    dense = [_forth(view, weight.double()) for weight in weights]
     seen = dense if grams is None else [w @ root(g)[0] for w, g in zip(dense, grams, strict=True)]
     u, s, _ = torch.linalg.svd(torch.cat(seen, dim=1), full_matrices=False)
     scale = _halves(s[:rank])
     own = torch.cat([u[:, :rank].T @ w for w in dense], dim=1) / scale[:, None]
-    up, down = _balanced(u[:, :rank] * scale, own)
-    downs = down.split([w.shape[1] for w in dense], dim=1)
+    up, down = balanced(_back(view, u[:, :rank] * scale), own)
+    downs = down.split([w.shape[1] for w in weights], dim=1)
     return up.to(weights[0].dtype), [down.to(weights[0].dtype) for down in downs]
+
+
+def with_diagonal(
+    weight: Tensor, rank: int, gram: Tensor | None = None, rounds: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W ~ up @ down + D with a diagonal D, (min(out, in)): the correction of ResidualTransformer (Wang, Li, 2023,
+    2310.02489). In turn, each exactly: ``truncate`` of W - D, and D of the rest R, d_i = (R G)_ii / G_ii.
+    """
+    dense = weight.double()
+    metric = (
+        torch.eye(dense.shape[1], dtype=dense.dtype, device=dense.device) if gram is None else gram.double()
+    )
+    side = min(dense.shape)
+    diagonal = dense.new_zeros(side)
+    for _ in range(rounds):
+        up, down = truncate(dense - _on_diagonal(diagonal, dense), rank, gram)
+        rest = dense - up @ down
+        diagonal = (rest @ metric).diagonal()[:side] / metric.diagonal()[:side].clamp_min(1e-12)
+    up, down = truncate(dense - _on_diagonal(diagonal, dense), rank, gram)
+    return up.to(weight.dtype), down.to(weight.dtype), diagonal.to(weight.dtype)
+
+
+def _on_diagonal(values: Tensor, like: Tensor) -> Tensor:
+    return torch.diagonal_scatter(torch.zeros_like(like), values)
+
+
+def geopair(
+    weights: Sequence[Tensor], rank: int, grams: Sequence[Tensor] | None = None, rounds: int = 20
+) -> tuple[list[Tensor], Tensor]:
+    """As ``shared_input``, but each position keeps its own metric: min sum_l E|(W_l - up_l @ down) x_l|^2.
+
+    (GeoPair, MWS AI, 2026.) No closed form: from the common whitening on, ``up_l`` and ``down`` are solved for in
+    turn, each exactly, so that the error never grows. ``down`` solves sum_l A_l X G_l = B with A_l = up_l^T up_l: for
+    a pair a Sylvester equation, diagonal in the generalised eigenvectors of (A_1, A_2) and (G_1, G_2); for more
+    positions by conjugate gradients. One position, or no ``grams``: ``shared_input`` is exact already.
+    """
+    ups, down = shared_input(weights, rank, grams)
+    if grams is None or len(weights) == 1:
+        return ups, down
+    dense = [weight.double() for weight in weights]
+    metric = [_damped(gram.double()) for gram in grams]
+    right = down.double()
+    axes = _together(*metric) if len(dense) == 2 else None  # the costly part, once
+    for _ in range(rounds):
+        left = [fit_up(w, right, g) for w, g in zip(dense, metric, strict=True)]
+        inner = [_damped(up.T @ up, 1e-10) for up in left]
+        wanted = torch.stack([up.T @ w @ g for up, w, g in zip(left, dense, metric, strict=True)]).sum(0)
+        right = (
+            _sylvester(inner, axes, wanted) if axes is not None else _conjugate(inner, metric, wanted, right)
+        )
+    left = [fit_up(w, right, g) for w, g in zip(dense, metric, strict=True)]
+    up, right = balanced(torch.cat(left), right)
+    split = up.split([len(weight) for weight in weights])
+    return [one.to(weights[0].dtype) for one in split], right.to(weights[0].dtype)
+
+
+def fit_up(weight: Tensor, down: Tensor, gram: Tensor) -> Tensor:
+    """The ``up`` (out, rank) that minimises E|(W - up @ down) x|^2 for a given ``down`` (rank, in)."""
+    weight_, down_, gram_ = weight.double(), down.double(), gram.double()
+    seen = down_ @ gram_
+    inner = _damped(seen @ down_.T, 1e-10)
+    return torch.linalg.solve(inner, weight_ @ seen.T, left=False).to(weight.dtype)
+
+
+def fit_down(weight: Tensor, up: Tensor) -> Tensor:
+    """The ``down`` (rank, in) that minimises E|(W - up @ down) x|^2 for a given ``up`` (out, rank), whatever x is."""
+    return torch.linalg.lstsq(up.double(), weight.double(), driver="gelsd").solution.to(weight.dtype)
+
+
+def effective_rank(weights: Sequence[Tensor], grams: Sequence[Tensor] | None = None) -> float:
+    """The exponential of the entropy of the singular values of [W_1; ...; W_n] S (Roy, Vetterli, 2007; D-Rank, 2025).
+
+    Between 1 and the smaller side; S as in ``shared_input``. Small: few directions carry all.
+    """
+    stacked = torch.cat([weight.double() for weight in weights])
+    seen = stacked if grams is None else stacked @ root(torch.stack([g.double() for g in grams]).sum(0))[0]
+    share = torch.linalg.svdvals(seen)
+    share = share[share > 0] / share.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((-(share * share.log()).sum()).exp())
+
+
+def _damped(square: Tensor, ridge: float = 1e-6) -> Tensor:
+    """``square`` plus a little of the identity, in units of its mean eigenvalue: never singular."""
+    size = ridge * square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return square + size * torch.eye(len(square), dtype=square.dtype, device=square.device)
+
+
+def _sylvester(left: Sequence[Tensor], axes: Factors, wanted: Tensor) -> Tensor:
+    """X with A_1 X B_1 + A_2 X B_2 = C, for symmetric positive A and B; ``axes``: B_1 and B_2 together."""
+    p, a = _together(*left)
+    q, b = axes
+    return p @ ((p.T @ wanted @ q) / (1 + a[:, None] * b)) @ q.T
+
+
+def _together(one: Tensor, other: Tensor) -> Factors:
+    """P and v with P^T one P = 1 and P^T other P = diag(v)."""
+    inverse = torch.linalg.inv(torch.linalg.cholesky(one))
+    values, vectors = torch.linalg.eigh(inverse @ other @ inverse.T)
+    return inverse.T @ vectors, values.clamp_min(0)
+
+
+def _conjugate(left: Sequence[Tensor], right: Sequence[Tensor], wanted: Tensor, start: Tensor) -> Tensor:
+    """X with sum_l A_l X B_l = C by conjugate gradients from ``start``; each step lowers the error."""
+
+    def apply(x: Tensor) -> Tensor:
+        return torch.stack([a @ x @ b for a, b in zip(left, right, strict=True)]).sum(0)
+
+    found, rest = start, wanted - apply(start)
+    way, size = rest, rest.square().sum()
+    for _ in range(50):
+        if size <= 1e-20 * wanted.square().sum():
+            break
+        moved = apply(way)
+        step = size / (way * moved).sum()
+        found, rest = found + step * way, rest - step * moved
+        size, old = rest.square().sum(), size
+        way = rest + size / old * way
+    return found
 
 
 def _halves(singular: Tensor) -> Tensor:
@@ -68,13 +194,26 @@ def _halves(singular: Tensor) -> Tensor:
     return torch.where(singular > 0, singular.sqrt(), torch.ones_like(singular))
 
 
-def _balanced(up: Tensor, down: Tensor) -> Factors:
+def balanced(up: Tensor, down: Tensor) -> Factors:
     """The same product, with entries of equal root mean square in both factors."""
     sizes = [factor.square().mean().sqrt() for factor in (up, down)]
     if min(sizes) == 0:  # nothing to approximate: one factor is 0 and the other one ready to learn
         return up, down
     ratio = (sizes[1] / sizes[0]).sqrt()
     return up * ratio, down / ratio
+
+
+def _views(slopes: Sequence[Tensor] | None, count: int) -> Sequence[Factors | None]:
+    """How each output is seen from the answer: T with T T = the slope, and its inverse; None: as it is."""
+    return [root(slope) for slope in slopes] if slopes else [None] * count
+
+
+def _forth(view: Factors | None, outputs: Tensor) -> Tensor:
+    return outputs if view is None else view[0] @ outputs
+
+
+def _back(view: Factors | None, outputs: Tensor) -> Tensor:
+    return outputs if view is None else view[1] @ outputs
 
 
 def _identity(like: Tensor) -> Factors:

@@ -1,6 +1,7 @@
 """make_plan: from a preset and a number, or a budget, to a plan for one model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
@@ -10,35 +11,40 @@ from layershare.plan import Gate, Group, Merge, SharingPlan, StackPlan
 from layershare.sharing.layout import factors, find, matches, predict
 from layershare.stacks import Stack, find_stacks
 
-SCHEMES = (*presets.PRESETS, "drop", "gated", "basis")
+Stepwise = Literal["stepwise"]
+# Shared bases, and how each is fitted.
+BASES: dict[str, Literal["svd", "geopair"]] = {"basis": "svd", "geopair": "geopair"}
+SCHEMES = (*presets.PRESETS, "drop", "gated", *BASES)
 
 
 def make_plan(
     model: nn.Module | Sequence[Stack], preset: str = "adjacent", *,
     unique: int | None = None, budget: float | None = None, parts: Sequence[str] | None = None,
-    stack: str | Sequence[str] | None = None, merge: Merge = "mean", rank: int = 0,
+    stack: str | Sequence[str] | None = None, merge: Merge | Stepwise = "mean", rank: int = 0,
 ) -> SharingPlan:  # fmt: skip
     """A plan by name for ``model`` (or for its stacks).
 
     preset: a published scheme (``layershare.presets``), or ``drop`` (keep evenly spaced positions, drop the others),
-        ``gated`` (all positions, tied to those that ``drop`` would keep and gated, the others starting at 0) or
-        ``basis`` (a shared basis over runs of neighbours, its rank from the budget).
+        ``gated`` (all positions, tied to those that ``drop`` would keep and gated, the others starting at 0),
+        ``basis`` (a shared basis over pairs of neighbours, its rank from the budget) or ``geopair`` (the same, each
+        position in the metric of its own activations).
     unique: distinct layers a stack; or budget: the most stored layer parameters, as a fraction (0 < budget < 1) of the
-        planned stacks' own, from which ``unique`` (for ``basis``: ``rank``) is chosen.
+        planned stacks' own, from which ``unique`` (for a basis: ``rank``) is chosen.
     parts: part names or globs; default all weight matrices. stack: names of the stacks to share, default all.
     merge, rank: for tied groups, see :class:`~layershare.plan.Group`; ``basis`` takes a rank in place of ``unique``.
+        ``stepwise`` picks evenly spaced positions, one for each unique layer, wherever its users are (2410.20672).
 
     Raises :class:`~layershare.errors.PlanError` naming the nearest preset, stack or part, or the least budget possible.
     """
     if preset not in SCHEMES:
         raise PlanError(f"unknown preset {preset!r}.", nearest(preset, SCHEMES))
-    if preset in ("drop", "gated", "basis") and (merge != "mean" or (rank and preset != "basis")):
+    if preset in ("drop", "gated", *BASES) and (merge != "mean" or (rank and preset not in BASES)):
         raise PlanError(
             f"preset {preset!r} takes no {f'merge {merge!r}' if merge != 'mean' else f'rank {rank}'}."
         )
-    name, number = ("rank", rank or None) if preset == "basis" else ("unique", unique)
-    if preset == "basis" and unique is not None:
-        raise PlanError(f"preset 'basis' takes no unique = {unique}.", "Give its rank, or a budget.")
+    name, number = ("rank", rank or None) if preset in BASES else ("unique", unique)
+    if preset in BASES and unique is not None:
+        raise PlanError(f"preset {preset!r} takes no unique = {unique}.", "Give its rank, or a budget.")
     if (number is None) == (budget is None) and not (preset in presets.FIXED and budget is None):
         raise PlanError(f"preset {preset!r} needs either {name} or budget.")
     if budget is not None and not 0 < budget < 1:
@@ -66,15 +72,16 @@ def matrix_parts(stack: Stack) -> tuple[str, ...]:
 
 
 def _scheme(
-    preset: str, stack: Stack, parts: tuple[str, ...], merge: Merge, rank: int
+    preset: str, stack: Stack, parts: tuple[str, ...], merge: Merge | Stepwise, rank: int
 ) -> Callable[[int], StackPlan]:
     """A function from the number to choose (unique layers; for ``basis`` the rank) to the stack's plan."""
     if preset == "drop":
         return lambda unique: drop_to(stack, spread(stack.length, unique))
     if preset == "gated":
         return lambda unique: gated_to(stack, spread(stack.length, unique), parts)
-    if preset == "basis":
-        return lambda rank: basis_over(stack, _assign("adjacent", stack, -(-stack.length // 2)), parts, rank)
+    if preset in BASES:
+        pairs = _assign("adjacent", stack, -(-stack.length // 2))
+        return lambda rank: basis_over(stack, pairs, parts, rank, BASES[preset])
     return lambda unique: StackPlan(
         name=stack.name, length=stack.length,
         groups=_having(stack, tied(_assign(preset, stack, unique), parts, merge, rank)),
@@ -105,11 +112,11 @@ def _within(
 ) -> int:  # fmt: skip
     """The largest number whose plan stays within ``budget``."""
     choices: Iterable[int]
-    if preset == "basis":
+    if preset in BASES:
         sides = [
             min(w.shape) for layer in stack.layers for w in layer if any(factors(w, part) for part in parts)
         ]
-        choices = range(1, min(sides, default=0))
+        choices = range(1, max(sides, default=0))
     else:
         choices = (
             presets.unique_choices(preset, stack.length)
@@ -138,11 +145,18 @@ def _price(stack: Stack, plan: StackPlan) -> float:
 
 
 def tied(
-    assignment: Sequence[int], parts: Sequence[str], merge: Merge = "mean", rank: int = 0
+    assignment: Sequence[int], parts: Sequence[str], merge: Merge | Stepwise = "mean", rank: int = 0
 ) -> tuple[Group, ...]:
     """Groups of positions with the same unique layer; positions that are alone stay private."""
-    groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
-    return tuple(_group(positions=p, parts=parts, merge=merge, rank=rank) for p in groups if len(p) > 1)
+    groups = [_positions(assignment, unique) for unique in dict.fromkeys(assignment)]
+    made: list[dict[str, Any]] = [{"merge": merge} for _ in groups]
+    if merge == "stepwise":
+        made = [{"merge": "pick", "source": source} for source in spread(len(assignment), len(groups))]
+    return tuple(
+        _group(positions=p, parts=parts, rank=rank, **how)
+        for p, how in zip(groups, made, strict=True)
+        if len(p) > 1
+    )
 
 
 def _group(**values: object) -> Group:
@@ -207,8 +221,14 @@ def gated_to(stack: Stack, kept: Sequence[int], parts: Sequence[str]) -> StackPl
     )  # fmt: skip
 
 
-def basis_over(stack: Stack, assignment: Sequence[int], parts: Sequence[str], rank: int) -> StackPlan:
+def basis_over(
+    stack: Stack,
+    assignment: Sequence[int],
+    parts: Sequence[str],
+    rank: int,
+    fit: Literal["svd", "geopair"] = "svd",
+) -> StackPlan:
     """A shared basis of ``rank`` over the positions of each unique layer."""
     groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
-    made = tuple(_group(positions=p, parts=parts, method="basis", rank=rank) for p in groups)
+    made = tuple(_group(positions=p, parts=parts, method="basis", rank=rank, fit=fit) for p in groups)
     return StackPlan(name=stack.name, length=stack.length, groups=_having(stack, made))

@@ -1,12 +1,17 @@
 """Merges: the weights of several positions become one. Pure functions on tensors.
 
-All take ``weights`` of one shape, (out, in), and return one of that shape and dtype, summed in float64.
+All take ``weights`` of one shape, (out, in), and return one of that shape and dtype, summed in float64 (the mean of
+half-precision numbers: in float32).
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# Numbers averaged at a time: they stay in the processor's cache, no copy of a matrix is made, and no threads are waited
+# for (torch uses several above this size).
+BLOCK = 2**15
 
 
 def first(weights: Sequence[Tensor]) -> Tensor:
@@ -21,7 +26,15 @@ def last(weights: Sequence[Tensor]) -> Tensor:
 
 def mean(weights: Sequence[Tensor]) -> Tensor:
     """The average (Bae et al., 2024, 2410.20672: best below private low-rank corrections)."""
-    return torch.stack([weight.double() for weight in weights]).mean(0).to(weights[0].dtype)
+    precise = torch.float32 if weights[0].dtype in (torch.bfloat16, torch.float16) else torch.float64
+    merged = torch.empty(weights[0].shape, dtype=weights[0].dtype, device=weights[0].device)
+    blocks = (tensor.reshape(-1).split(BLOCK) for tensor in (merged, *weights))
+    for block, one, *others in zip(*blocks, strict=True):
+        total = one.to(precise, copy=True)
+        for other in others:
+            total += other.to(precise)
+        block.copy_(total.div_(len(weights)))
+    return merged
 
 
 def regmean(weights: Sequence[Tensor], grams: Sequence[Tensor], ridge: float = 1e-4) -> Tensor:

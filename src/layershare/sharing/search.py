@@ -1,77 +1,199 @@
-"""Choose a plan for a budget by what it does to the output, not by distances between weights.
+"""Choose a plan for a budget by what it does to the answer, not by distances between weights.
 
 Weight distance does not predict quality (2605.30836: Frobenius error -37 %, perplexity three times as high). What a
-position is worth is measured instead: skip it, and see how far the output moves on calibration data.
+rank is worth is read off the answer's slopes, and what a position is worth is measured: skip it, and see how far the
+answer moves on calibration data.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
+from layershare.sharing.allocate import Spectrum, allocate
 from layershare.sharing.gate import add_gate, remove_gate
 from layershare.sharing.layout import predict
-from layershare.sharing.make import drop_to, gated_to, gates_of, matrix_parts, spread, users_of
+from layershare.sharing.lowrank import root
+from layershare.sharing.make import drop_to, spread
+from layershare.sharing.moments import Moments
 from layershare.stacks import Stack, Weight
 
-# Kept positions hold about this share of their parameters. On all-MiniLM-L6-v2 at 33 % (docs/log.md), three of them at
-# 0.67 healed to a little more than two whole ones and than four at half; other densities were not tried.
-DENSITY = 0.7
-# From this fraction of the layer parameters on, gated ties of whole layers beat factorised ones (0.8196 against 0.8144
-# Spearman at 50 %); below it, factorised ones win (0.8124 at 33 %).
-GENEROUS = 0.45
+Change = Callable[[PreTrainedModel], float]
+"""How far a model's answers to the calibration data are from the original's; 0 = equal."""
 
 
-def least_missed(model: nn.Module, stack: Stack, keep: int, change: Callable[[], float]) -> tuple[int, ...]:
-    """The positions to drop so that ``keep`` remain, greedily: always the one whose loss changes the output least.
+class Piece(NamedTuple):
+    """A matrix taken apart: its first r columns and rows give the best one of rank r."""
 
-    ``change`` runs the model on calibration data and returns how far its output is from the original's (0 = equal).
-    Positions are skipped with a gate of 0, so any model works that can be gated, and nothing is rebuilt. (Backward
-    elimination as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the output, after each removal anew.)
-    """
-    dropped: list[int] = []
-    try:
-        while stack.length - len(dropped) > keep:
-            costs = {}
-            for position in (p for p in range(stack.length) if p not in dropped):
-                layer = model.get_submodule(f"{stack.name}.{position}")
-                add_gate(layer, 0.0)
-                costs[position] = change()
-                remove_gate(layer)
-            dropped.append(min(costs, key=costs.__getitem__))
-            add_gate(model.get_submodule(f"{stack.name}.{dropped[-1]}"), 0.0)
-    finally:
-        for position in dropped:
-            remove_gate(model.get_submodule(f"{stack.name}.{position}"))
-    return tuple(sorted(dropped))
+    spectrum: Spectrum
+    up: Tensor
+    """(out, full), the singular values in it."""
+    down: Tensor
+    """(full, in)."""
+
+
+class Place(NamedTuple):
+    """A position of a stack."""
+
+    stack: str
+    position: int
 
 
 def automatic(
-    model: nn.Module, stacks: Sequence[Stack], budget: float, change: Callable[[], float]
-) -> SharingPlan:
-    """``auto``: what lost least on all-MiniLM-L6-v2 after healing (docs/log.md), for each stack.
+    model: PreTrainedModel, stacks: Sequence[Stack], budget: float, change: Change, measured: Callable[[], Moments]
+) -> SharingPlan:  # fmt: skip
+    """``auto``: low-rank factors fitted to the answer, their ranks spent where they save most of its change.
 
-    A generous budget (``GENEROUS``) stores whole layers, evenly spread; all other positions use the nearest stored one
-    behind a gate that starts at 0. A tight one drops the positions that are missed least and factorises the others.
+    Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
+    good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
+    compared as they would compute, not healed. Raises PlanError if the budget is out of reach.
     """
-    plans = []
-    for stack in stacks:
-        if budget >= GENEROUS:
-            kept = spread(stack.length, max(1, int(budget * stack.length + 1e-6)))
-            plans.append(gated_to(stack, kept, matrix_parts(stack)))
+    stacks = [stack for stack in stacks if not stack.tied]
+    moments = measured()
+    pieces = decompose(model, stacks, moments)
+    worth = {
+        place: {weight: piece.spectrum for weight, piece in some.items()} for place, some in pieces.items()
+    }
+    gone: list[Place] = []
+    best: tuple[float, SharingPlan] | None = None
+    least = ""
+    while True:
+        try:
+            plan = spend(stacks, worth, budget, gone)
+        except ValueError as error:  # even the smallest ranks are too many for these positions
+            least = str(error)
         else:
-            drop = least_missed(model, stack, positions_for(stack, budget), change)
-            plans.append(factorised(stack, budget, drop))
-    return SharingPlan(stacks=tuple(plans))
+            with _skipped(model, gone), _cut(model, pieces, plan):
+                moved = change(model)
+            if best is not None and moved >= best[0]:
+                return best[1]
+            best = moved, plan
+        if (next_ := least_missed(model, stacks, gone, change)) is None:
+            break
+        gone.append(next_)
+    if best is None:
+        raise PlanError(f"budget {budget:.1%} is out of reach: {least}.")
+    return best[1]
+
+
+@torch.no_grad()
+def decompose(
+    model: PreTrainedModel, stacks: Sequence[Stack], moments: Moments
+) -> dict[Place, dict[Weight, Piece]]:
+    """Every linear map in the metric of the answer."""
+    return {
+        Place(stack.name, position): {
+            weight: _piece(model, f"{stack.name}.{position}.{weight.name}", weight, moments)
+            for weight in layer if weight.factorable
+        }
+        for stack in stacks for position, layer in enumerate(stack.layers)
+    }  # fmt: skip
+
+
+def _piece(model: PreTrainedModel, name: str, weight: Weight, moments: Moments) -> Piece:
+    found = model.get_parameter(name)
+    dense = (found.T if weight.kind == "conv1d" else found).double()
+    (before, out), (after, back) = (root(kind[name.rpartition(".")[0]]) for kind in moments)
+    u, s, vh = torch.linalg.svd(after @ dense @ before, full_matrices=False)
+    spectrum = Spectrum(s.square().cpu(), sum(weight.shape), weight.size)
+    return Piece(spectrum, (back @ (u * s)).to(found.dtype), (vh @ out).to(found.dtype))
+
+
+@contextmanager
+def _cut(
+    model: PreTrainedModel, pieces: Mapping[Place, Mapping[Weight, Piece]], plan: SharingPlan
+) -> Iterator[None]:
+    """``model`` computes meanwhile with the factors that ``plan`` (from ``spend``) will give it."""
+    ranks = {
+        (Place(stack.name, group.positions[0]), part): group.rank
+        for stack in plan.stacks for group in stack.groups for part in group.parts
+    }  # fmt: skip
+    kept = []
+    with torch.no_grad():
+        for (place, part), rank in ranks.items():
+            parameter = model.get_parameter(f"{place.stack}.{place.position}.{part}")
+            weight, piece = next((w, piece) for w, piece in pieces[place].items() if w.name == part)
+            low = piece.up[:, :rank] @ piece.down[:rank]
+            kept.append((parameter, parameter.data))
+            parameter.data = low.T.contiguous() if weight.kind == "conv1d" else low
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def spend(
+    stacks: Sequence[Stack], worth: Mapping[Place, Mapping[Weight, Spectrum]], budget: float, gone: Sequence[Place] = ()
+) -> SharingPlan:  # fmt: skip
+    """The plan that drops ``gone`` and gives the other positions the ranks worth most within ``budget``, a fraction of
+    the layer parameters of all ``stacks``. Raises ValueError if the smallest ranks cost more."""
+    kept = [(place, weight) for place in worth if place not in gone for weight in worth[place]]
+    without = SharingPlan(stacks=tuple(_plan(stack, {}, gone) for stack in stacks))
+    cost = predict(stacks, without)
+    rest = cost.layer_unique - sum(weight.size for _, weight in kept)
+    ranks = allocate(
+        [worth[place][weight] for place, weight in kept], int(budget * cost.layer_effective) - rest
+    )
+    chosen = {key: rank for key, rank in zip(kept, ranks, strict=True) if rank is not None}
+    return SharingPlan(stacks=tuple(_plan(stack, chosen, gone) for stack in stacks))
+
+
+def _plan(stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequence[Place]) -> StackPlan:
+    names: dict[tuple[int, int], list[str]] = {}
+    for (place, weight), rank in ranks.items():
+        if place.stack == stack.name:
+            names.setdefault((place.position, rank), []).append(weight.name)
+    groups = tuple(
+        Group(positions=(position,), parts=tuple(parts), method="basis", rank=rank)
+        for (position, rank), parts in sorted(names.items())
+    )
+    drop = tuple(place.position for place in gone if place.stack == stack.name)
+    return StackPlan(name=stack.name, length=stack.length, groups=groups, drop=drop)
+
+
+def least_missed(
+    model: PreTrainedModel, stacks: Sequence[Stack], gone: Sequence[Place], change: Change
+) -> Place | None:
+    """The position whose loss, beside ``gone``, changes the answer least; None where each stack has only one left.
+
+    Positions are skipped with a gate of 0, so any model works that can be gated, and nothing is rebuilt.
+    """
+    left = {
+        stack.name: [p for p in range(stack.length) if Place(stack.name, p) not in gone] for stack in stacks
+    }
+    choices = [Place(name, p) for name, positions in left.items() if len(positions) > 1 for p in positions]
+    with _skipped(model, gone):
+        costs = {}
+        for place in choices:
+            with _skipped(model, [place]):
+                costs[place] = change(model)
+    return min(costs, key=costs.__getitem__, default=None)
+
+
+@contextmanager
+def _skipped(model: PreTrainedModel, places: Sequence[Place]) -> Iterator[None]:
+    layers = [model.get_submodule(f"{place.stack}.{place.position}") for place in places]
+    for layer in layers:
+        add_gate(layer, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            remove_gate(layer)
 
 
 def drop_only(
-    model: nn.Module,  # noqa: ARG001 - one signature for all
+    model: PreTrainedModel,  # noqa: ARG001 - one signature for all
     stacks: Sequence[Stack],
     budget: float,
-    change: Callable[[], float],  # noqa: ARG001
+    change: Change,  # noqa: ARG001
+    measured: Callable[[], Moments],  # noqa: ARG001
 ) -> SharingPlan:
     """``drop``: layer drop to compare with: as many positions as come nearest to the budget, evenly spread.
 
@@ -82,57 +204,3 @@ def drop_only(
 
 
 SEARCHED: dict[str, Callable[..., SharingPlan]] = {"auto": automatic, "drop": drop_only}
-
-
-def positions_for(stack: Stack, budget: float) -> int:
-    """How many positions to keep for ``budget`` (a fraction of the stack's parameters), so that each keeps ~70 %."""
-    return min(stack.length, max(1, round(budget * stack.length / DENSITY)))
-
-
-def factorised(stack: Stack, budget: float, drop: Sequence[int] = (), *, regain: bool = False) -> StackPlan:
-    """Drop positions, and give every matrix of the others low-rank factors of one common density, to fit ``budget``.
-
-    The rank of an (out, in) matrix is density * out * in / (out + in). With ``regain`` the dropped positions stay as
-    gated users of the nearest kept one: they start skipped and cost only their norms, biases and gate.
-    Raises PlanError if the budget is out of reach.
-    """
-    low, high = 0.0, 1.0
-    best = None
-    for _ in range(20):
-        density = (low + high) / 2
-        plan = _at_density(stack, density, drop, regain)
-        fits = plan is not None and predict([stack], SharingPlan(stacks=(plan,))).ratio <= budget
-        best, low, high = (plan, density, high) if fits else (best, low, density)
-    if best is None:
-        kept = stack.length - len(drop)
-        raise PlanError(f"budget {budget:.1%} is out of reach for {kept} positions of {stack.name!r}.")
-    return best
-
-
-def _at_density(stack: Stack, density: float, drop: Sequence[int], regain: bool) -> StackPlan | None:
-    kept = [position for position in range(stack.length) if position not in drop]
-    users = users_of(stack, kept) if regain else {position: (position,) for position in kept}
-    groups = []
-    for position in kept:
-        names: dict[int, list[str]] = {}
-        for weight in stack.layers[position]:
-            if (rank := _rank(weight, density)) is not None:
-                names.setdefault(rank, []).append(weight.name)
-        if not names or min(names) < 1:
-            return None
-        one: dict[str, Any] = {"positions": users[position], "method": "basis"}
-        if len(users[position]) > 1:
-            one |= {"side": "both", "merge": "pick", "source": position}
-        groups += [Group(**one, parts=tuple(parts), rank=rank) for rank, parts in sorted(names.items())]
-    gone = () if regain else tuple(drop)
-    return StackPlan(
-        name=stack.name, length=stack.length, groups=tuple(groups), gates=gates_of(users), drop=gone
-    )
-
-
-def _rank(weight: Weight, density: float) -> int | None:
-    """None for what stays whole: no plain linear map."""
-    if weight.kind == "other" or len(weight.shape) != 2:
-        return None
-    rows, columns = weight.shape
-    return int(density * rows * columns / (rows + columns))

@@ -9,8 +9,8 @@ parameter inside::
 ``verify`` looks with ``is`` whether they still are.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,15 @@ from layershare.errors import ModelError, TieError
 from layershare.linear import GATE, FactoredLinear
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import plan_of
+from layershare.sharing.embedding import install_tables, lost_tables, remove_tables, tables_of
 from layershare.sharing.gate import add_gate, has_gate, remove_gate
 from layershare.sharing.layout import Layout, resolve
+from layershare.sharing.names import keep_names
+from layershare.sharing.wrapped import bare, base_of, submodule
 from layershare.stacks import find_stacks
+
+NAMED = 8
+"""How many of the tensors that came apart an error names."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,14 @@ def install(model: nn.Module, layout: Layout) -> None:
             for name in job.modules:
                 base = job.group.method == "tie"
                 model.set_submodule(
-                    name, FactoredLinear.standing_for(model.get_submodule(name), job.group.rank, base=base)
+                    name,
+                    FactoredLinear.standing_for(
+                        model.get_submodule(name), job.group.rank, base=base, diagonal=job.group.diagonal
+                    ),
                 )
     for name, gate in layout.gates:
         add_gate(model.get_submodule(name), gate.value)
+    install_tables(model, layout.tables)
 
 
 def tie(model: nn.Module, layout: Layout) -> None:
@@ -82,15 +92,17 @@ def tie(model: nn.Module, layout: Layout) -> None:
     is wrong for GPT-2's transposed maps.)
     """
     for owner, *members in layout.ties:
-        parameter = model.get_parameter(owner)
+        module, _, leaf = owner.rpartition(".")
+        parameter = submodule(model, module).get_parameter(leaf)
         for member in members:
             module, _, leaf = member.rpartition(".")
-            model.get_submodule(module)._parameters[leaf] = parameter
+            submodule(model, module)._parameters[leaf] = parameter
     for stack in {job.stack for job in layout.jobs}:
         inside = [names for names in layout.ties if names[0].startswith(f"{stack}.")]
         keys = {member: owner for owner, *members in inside for member in members}
         start = len(stack) + 1
-        model.get_submodule(stack)._tied_weights_keys = {m[start:]: o[start:] for m, o in keys.items()}  # type: ignore[assignment]
+        submodule(model, stack)._tied_weights_keys = {m[start:]: o[start:] for m, o in keys.items()}  # type: ignore[assignment]
+    keep_names(model, layout)
 
 
 @torch.no_grad()
@@ -103,6 +115,7 @@ def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def undo(model: PreTrainedModel, layout: Layout) -> None:
     """The reverse of ``install``, in place: every position gets weights of its own again. Gates stay."""
+    remove_tables(model, layout.tables)
     for job in layout.jobs:
         for name, member in zip(job.modules, job.names, strict=True):
             module = model.get_submodule(name)
@@ -116,6 +129,7 @@ def undo(model: PreTrainedModel, layout: Layout) -> None:
                 module._parameters[leaf] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
     for stack in {job.stack for job in layout.jobs}:
         del model.get_submodule(stack)._tied_weights_keys
+    model.__dict__.pop("_weight_conversions", None)  # see keep_names: stored as transformers would by itself
 
 
 def remove_gates(model: nn.Module, layout: Layout) -> None:
@@ -126,34 +140,38 @@ def remove_gates(model: nn.Module, layout: Layout) -> None:
 
 def layout_of(model: nn.Module, plan: SharingPlan) -> Layout:
     """The layout of ``plan`` on a model whose dropped positions are already gone (shared or not)."""
-    return resolve(find_stacks(model, [one.name for one in plan.stacks]), plan)
+    layout = resolve(find_stacks(model, [one.name for one in plan.stacks]), plan)
+    return replace(layout, tables=tables_of(model, plan))
 
 
 def broken(model: nn.Module, layout: Layout) -> list[str]:
     """Names of parameters that are not the same object as their owner, and of lost factors and gates."""
     lost = []
-    for owner, *members in layout.ties:
+    for owner, *members in (*layout.ties, *_recorded(model, layout)):
         parameter = _get(model, owner)
         lost += [owner] if parameter is None else [m for m in members if _get(model, m) is not parameter]
     factored = [name for job in layout.jobs if job.factored for name in job.modules]
     lost += [name for name in factored if not isinstance(model.get_submodule(name), FactoredLinear)]
+    lost += lost_tables(model, layout.tables)
     lost += [f"{name}.{GATE}" for name, _ in layout.gates if not has_gate(model.get_submodule(name))]
-    return lost
+    return list(dict.fromkeys(lost))
 
 
 def verify(model: nn.Module, plan: SharingPlan | None = None) -> Account:
     """An account of the ties of ``model``; raises :class:`~layershare.errors.TieError` if one came apart.
 
-    ``plan`` defaults to the one that the model carries. A model without a plan is an error as well.
+    ``plan`` defaults to the one that the model carries. A model without a plan is an error as well. Of a model with
+    adapters of PEFT the base is looked at, and its parameters are counted.
     """
-    plan = plan or plan_of(model)
+    plan, model = plan or plan_of(model), bare(model)
     if plan is None:
         raise TieError(f"{type(model).__name__} carries no sharing plan: there is nothing to verify.")
     layout = layout_of(model, plan)
     if lost := broken(model, layout):
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise TieError(
-            f"{lost[0]}{more} came apart from the shared tensor.", "Call layershare.retie(model) to mend it."
+            f"{', '.join(lost[:NAMED])}{more} came apart from the shared tensor.",
+            "Call layershare.retie(model) to mend it.",
         )
     ties = list(layout.ties)
     return Account(
@@ -166,11 +184,24 @@ def verify(model: nn.Module, plan: SharingPlan | None = None) -> Account:
 
 
 def retie(model: nn.Module) -> Account:
-    """Tie again what a tool has untied, each group to the present values of its owner, and verify."""
-    plan = plan_of(model)
-    if plan is None:
+    """Tie again what a tool has untied, each group to the present values of its owner (the first position), and verify.
+
+    What the tool did to the other positions is lost. Raises TieError where tying cannot mend it: the tool took modules
+    of layershare away, or left the positions of a group unlike (other shapes, or other kinds of tensors).
+    """
+    if (plan := plan_of(model)) is None:
         raise TieError(f"{type(model).__name__} carries no sharing plan: there is nothing to tie.")
-    tie(model, layout_of(model, plan))
+    view = bare(model)
+    layout = layout_of(view, plan)
+    possible = {(owner, member) for owner, *members in layout.ties for member in members}
+    for owner, member in _recorded(view, layout):
+        if (owner, member) not in possible:
+            shapes = [list(view.get_parameter(name).shape) for name in (member, owner)]
+            raise TieError(
+                f"{member} is {shapes[0]}, the shared tensor of {owner} is {shapes[1]}: they cannot be one.",
+                "Cut all positions of a group alike, as layershare prune does.",
+            )
+    tie(base_of(model), layout)
     return verify(model)
 
 
@@ -190,6 +221,14 @@ def count(model: nn.Module, known: Iterable[str] = ()) -> Counts:
         layer_effective=sum(parameter.numel() for parameter in inside),
         bytes_unique=sum(parameter.numel() * parameter.element_size() for parameter in unique),
     )
+
+
+def _recorded(model: nn.Module, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Owner and member of each tie that ``tie`` noted on the stacks. It holds more than the layout where a tool gave a
+    position another shape: the plan then reads as if that position had never been alike."""
+    for stack in {job.stack: None for job in layout.jobs}:
+        for member, owner in (getattr(model.get_submodule(stack), "_tied_weights_keys", None) or {}).items():
+            yield f"{stack}.{owner}", f"{stack}.{member}"
 
 
 def _once(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -10,6 +10,7 @@ with a message that says what to import. The quantizer takes that name away befo
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,11 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from layershare.errors import StoreError
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import NAME, TRAP, LayershareConfig
+from layershare.sharing.layout import present
+from layershare.sharing.names import kept_conversions
 from layershare.sharing.tie import install, layout_of, tie
 from layershare.stacks import find_stacks
+from layershare.store.files import check_files
 
 
 @register_quantizer(NAME)
@@ -40,12 +44,17 @@ class LayershareLoader(HfQuantizer):
     ) -> PreTrainedModel:
         assert isinstance(self.quantization_config, LayershareConfig)
         plan = SharingPlan.from_dict(self.quantization_config.plan, "config.json: quantization_config.plan")
-        if not plan.stacks:
+        if not plan.stacks and not plan.tables:
             raise StoreError(
                 "config.json: quantization_config has no plan.", "Save or download the model again."
             )
-        if pickled := [file for file in checkpoint_files or () if not str(file).endswith(".safetensors")]:
-            raise StoreError(f"{pickled[0]}: shared models are loaded from safetensors files only.")
+        self.files = [Path(file) for file in checkpoint_files or ()]
+        self.where = (
+            f"{self.files[0].parent if len(self.files) > 1 else self.files[0]}: " if self.files else ""
+        )
+        # A class may be half of what was saved, as T5EncoderModel.
+        plan = present(find_stacks(model, [one.name for one in plan.stacks]), plan)
+        self.quantization_config.plan = plan.to_dict()
         self.known = [one.name for one in plan.stacks]
         self.layout = layout_of(model, plan)
         install(model, self.layout)
@@ -57,11 +66,16 @@ class LayershareLoader(HfQuantizer):
         model._adjust_bias = lambda *_: None  # type: ignore[method-assign]
         return model
 
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
+        kept = kept_conversions(weight_conversions, self.layout)
+        check_files(self.files, model, self.known, kept)
+        return kept
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # It leaves untied, and takes off this list, what the checkpoint holds twice with different values.
         if apart := self.members.keys() - model.all_tied_weights_keys.keys():
             raise StoreError(
-                f"the checkpoint has its own {min(apart)}, which the plan in config.json ties.",
+                f"{self.where}the checkpoint has its own {min(apart)}, which the plan in config.json ties.",
                 "It was saved with another plan: save or download it again.",
             )
         model.all_tied_weights_keys = {
@@ -69,8 +83,11 @@ class LayershareLoader(HfQuantizer):
         }
         del model._adjust_bias
         tie(model, self.layout)
-        _refuse_incomplete(model, self.known)
+        _refuse_incomplete(model, self.known, [table.modules[0] for table in self.layout.tables], self.where)
         model.is_quantized = False  # type: ignore[assignment]
+        for module in model.modules():  # some layers compute otherwise where it is set
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
         del model.hf_quantizer, model.quantization_method
         return model
 
@@ -82,9 +99,9 @@ class LayershareLoader(HfQuantizer):
         return True
 
 
-def _refuse_incomplete(model: nn.Module, known: Sequence[str]) -> None:
-    """transformers initialises what a checkpoint lacks and only logs it; inside the stacks that is never meant."""
-    stacks = tuple(f"{stack.name}." for stack in find_stacks(model, known))
+def _refuse_incomplete(model: nn.Module, known: Sequence[str], tables: Sequence[str], where: str) -> None:
+    """transformers initialises what a checkpoint lacks and only logs it; of what is shared that is never meant."""
+    stacks = tuple(f"{name}." for name in (*(stack.name for stack in find_stacks(model, known)), *tables))
     missing = [
         name
         for name, parameter in model.named_parameters()
@@ -92,6 +109,6 @@ def _refuse_incomplete(model: nn.Module, known: Sequence[str]) -> None:
     ]
     if missing:
         raise StoreError(
-            f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more of the layers' tensors.",
+            f"{where}the checkpoint lacks {missing[0]} and {len(missing) - 1} more of the layers' tensors.",
             "It is incomplete or was saved with another plan: save or download it again.",
         )

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layershare.errors import ModelError, StoreError
+from layershare.errors import LayershareError, ModelError, StoreError
 
 
 def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedModel:
@@ -65,6 +65,21 @@ def sketch(model: str | Path) -> PreTrainedModel:
         return _open(model, lambda _: getattr(transformers, name)._from_config(config))
 
 
+def outline(model: str | Path) -> PreTrainedModel:
+    """Like :func:`load_model`, on the meta device: all that a checkpoint says, and no weight read.
+
+    Raises ModelError also when it is quantized, or lacks weights, which loading would draw at random.
+    """
+    cls = getattr(transformers, _class_name(_config(model)))
+    settings = {"use_safetensors": True, "device_map": {"": "meta"}, "output_loading_info": True}
+    opened, info = _open(model, lambda source: cls.from_pretrained(source, **settings))
+    if getattr(opened, "hf_quantizer", None) is not None:
+        raise ModelError(f"{model} is quantized.", "Share it before it is quantized.")
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{model} lacks {missing[0]} and {len(missing) - 1} more weights of the model.")
+    return opened.eval()
+
+
 def local_folder(model: str | Path) -> Path:
     """The folder of the model; a hub name is downloaded first: weights in safetensors, config and tokenizer."""
     _config(model)
@@ -100,7 +115,8 @@ def copy_preprocessing(model: str | Path, folder: Path) -> None:
 def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
     """A folder to fill, ``OUT.part``, that becomes ``out`` when the block ends well.
 
-    When it does not, the part goes away; with ``resume`` it stays, and the next call finds what is in it.
+    When it does not, the part goes away; with ``resume`` it stays, and the next call finds what is in it, unless
+    something given was wrong before there was any checkpoint.
     Raises StoreError, before the block runs, if there is something in ``out``.
     """
     out = Path(out).expanduser()
@@ -115,8 +131,8 @@ def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
     try:
         yield part
         part.replace(out)
-    except BaseException:
-        if not resume:
+    except BaseException as error:
+        if not resume or (isinstance(error, LayershareError) and not any(part.rglob("checkpoint-*"))):
             shutil.rmtree(part, ignore_errors=True)
         raise
 

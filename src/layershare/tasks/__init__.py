@@ -4,23 +4,50 @@ Importing this package loads neither torch nor transformers, so the command line
 help.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 from layershare.errors import OptionError, nearest
-from layershare.tasks import causal_lm, masked_lm, sentence_embedding, text_classification
+from layershare.tasks import (
+    causal_lm,
+    masked_lm,
+    sentence_embedding,
+    span_corruption,
+    summarization,
+    text_classification,
+    token_classification,
+    translation,
+)
 from layershare.tasks.task import Data, Outputs, Task
 
 TASKS: dict[str, Task] = {
     "sentence-embedding": sentence_embedding.TASK,
     "text-classification": text_classification.TASK,
+    "token-classification": token_classification.TASK,
     "masked-lm": masked_lm.TASK,
     "causal-lm": causal_lm.TASK,
+    "span-corruption": span_corruption.TASK,
+    "translation": translation.TASK,
+    "summarization": summarization.TASK,
 }
 
 
-def get_task(name: str) -> Task:
-    """The task called ``name``; an unknown name raises OptionError and names the nearest one."""
-    if name not in TASKS:
-        raise OptionError(f"There is no task {name!r}.", nearest(name, TASKS))
-    return TASKS[name]
+def get_task(name: str | Task, settings: Mapping[str, Any] | None = None, *, skip_bad: bool = False) -> Task:
+    """The task called ``name``, or the one that is given; an unknown name raises OptionError and names the nearest one.
+
+    settings: the task's own, as ``{"num_beams": 4}`` of translation. skip_bad: rows that cannot be read are left out,
+    counted and told, instead of an error.
+    """
+    task = name if isinstance(name, Task) else TASKS.get(name)
+    if task is None:
+        raise OptionError(f"There is no task {name!r}.", nearest(str(name), TASKS))
+    if settings:
+        if task.configure is None:
+            raise OptionError(f"{task.name} has no settings of its own (given: {', '.join(settings)}).")
+        task = task.configure(settings)
+    return replace(task, read=partial(task.read, skip_bad=True)) if skip_bad else task
 
 
 __all__ = ["TASKS", "Data", "Outputs", "Task", "get_task"]

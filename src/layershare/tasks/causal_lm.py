@@ -9,21 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layershare.tasks.corpus import COLUMNS
-from layershare.tasks.language import (
-    Guessing,
-    Objective,
-    Words,
-    check_any,
-    evaluator,
-    forward_lm,
-    perplexity,
-    read_texts,
-    texts_of,
-)
+from layershare.tasks.language import Guessing, Objective, Words, language_task
 from layershare.tasks.masking import IGNORED
 from layershare.tasks.packing import Frame, packed_dataset, separator_of
-from layershare.tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +23,12 @@ def frame(tokenizer: Any) -> Frame:
     return Frame(separator=separator_of(tokenizer))
 
 
-def encode(tokenizer: Any, dataset: "Dataset", max_length: int) -> "Dataset":
+def encode(
+    tokenizer: Any,
+    dataset: "Dataset",
+    max_length: int,
+    config: Any = None,  # noqa: ARG001 - the same call for every task
+) -> "Dataset":
     """Packed blocks of ``max_length`` tokens, not one row a text."""
     return packed_dataset(tokenizer, dataset, frame(tokenizer), max_length)
 
@@ -71,19 +64,5 @@ def batch(
     }
 
 
-TASK = Task(
-    name="causal-lm",
-    auto_class="AutoModelForCausalLM",
-    metric="perplexity",
-    higher_is_better=False,
-    columns=COLUMNS,
-    optional=frozenset(),
-    read=read_texts,
-    encode=encode,
-    texts=texts_of,
-    check=check_any,
-    forward=forward_lm,
-    evaluate=evaluator(lambda: OBJECTIVE),
-    metric_of=perplexity,
-)
+TASK = language_task("causal-lm", "AutoModelForCausalLM", encode, lambda: OBJECTIVE)
 OBJECTIVE: Objective = Objective(TASK, "byte-level BPE", frame, check, batch)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from layershare.errors import DataError, OptionError, nearest
-from layershare.tasks.reading import Paths
 from layershare.tasks.splits import text_key
+from layershare.tasks.task import Paths
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text", "content", "document", "body", "article", "sentence", "sentence1", "review", "abstract")

@@ -1,7 +1,9 @@
 """From texts to padded batches of token ids. Pads by hand: no tokenizer warnings, other columns ignored."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from layershare.tasks.masking import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,30 +28,45 @@ def encode(
 
 
 def pad(tokenizer: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> "dict[str, Tensor]":
-    """Rows of token ids -> tensors [B, T] with T the longest row, padded on the right.
+    """Rows of token ids and ``labels`` -> tensors [B, T] with T the longest row, padded on the right; of single labels
+    [B].
 
     Also where the tokenizer pads on the left, which is for generating: a model with learned positions counts the
     padding there, so what it says of a text would depend on the texts beside it.
     """
     import torch
 
-    width = max(len(row["input_ids"]) for row in rows)
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # decoders often have no padding token
-    fill = {"input_ids": next(i for i in ids if i is not None)}
-    return {
-        name: torch.tensor([[*row[name], *[fill.get(name, 0)] * (width - len(row[name]))] for row in rows])
-        for name in INPUTS
-        if name in rows[0]
-    }
+    fill = {"input_ids": next(i for i in ids if i is not None), "labels": IGNORED}
+    batch = {}
+    for name in (*INPUTS, "labels"):
+        if name not in rows[0]:
+            continue
+        values = [row[name] for row in rows]
+        if isinstance(values[0], list):
+            width = max(map(len, values))
+            values = [[*value, *[fill.get(name, 0)] * (width - len(value))] for value in values]
+        batch[name] = torch.tensor(values)
+    return batch
 
 
 def batches(
-    tokenizer: Any, encoded: Mapping[str, Sequence[Sequence[int]]], batch_size: int
+    tokenizer: Any,
+    encoded: Mapping[str, Sequence[Any]],
+    batch_size: int,
+    collate: "Callable[[Any, Sequence[Mapping[str, Any]]], dict[str, Tensor]]" = pad,
 ) -> "Iterator[tuple[list[int], dict[str, Tensor]]]":
     """(row numbers, padded batch) over all rows of ``encoded``, longest first, so that little is padding."""
-    columns = {name: encoded[name][:] for name in INPUTS if name in encoded}
-    ids = columns["input_ids"]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    columns = {name: encoded[name][:] for name in encoded}
+    first = next(iter(columns.values()))
+    order = list(range(len(first)))
+    if "input_ids" in columns:
+        order.sort(key=lambda i: -len(columns["input_ids"][i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        yield rows, pad(tokenizer, [{name: column[i] for name, column in columns.items()} for i in rows])
+        yield rows, collate(tokenizer, [{name: column[i] for name, column in columns.items()} for i in rows])
+
+
+def token_counts(rows: Any) -> dict[Any, list[int]]:
+    """The tokens of each input."""
+    return {"source": [len(ids) for ids in rows["input_ids"]]}

@@ -34,17 +34,18 @@ class Table:
         return f"{self.path}, {self.unit} {self.lines[row]}, column {column!r}"
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, bad: list[str] | None = None) -> Table:
     """Read one file; its kind is told by its suffix.
 
     ``.csv`` (comma, semicolon or tab, told from the header; quoted as usual), ``.tsv`` (one tab between
     columns, quotes are ordinary characters), ``.jsonl`` (an object a line), ``.parquet``, ``.txt`` (a text a
-    line, column ``text``). All but Parquet are UTF-8. Blank lines are skipped. Raises DataError.
+    line, column ``text``). All but Parquet are UTF-8. Blank lines are skipped. Raises DataError; given ``bad``,
+    lines that cannot be read are left out and told there instead.
     """
     path = Path(path)
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: cannot tell its format from the suffix.", f"Known: {', '.join(_READERS)}.")
+        raise DataError(f"{path}: cannot tell its format from the suffix.", f"Known: {', '.join(READERS)}.")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path}: {what}.", "Give the path of a data file.")
@@ -52,7 +53,7 @@ def read_table(path: str | Path) -> Table:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    table = reader(str(path), raw, hashlib.sha256(raw).hexdigest())
+    table = reader(str(path), raw, hashlib.sha256(raw).hexdigest(), bad)
     if not table.lines:
         raise DataError(f"{path}: is empty.", "It needs at least one row of data.")
     return table
@@ -99,40 +100,42 @@ def choose_columns(
     return chosen
 
 
-def texts_of(table: Table, column: str) -> list[str]:
-    """The cells of a column as texts. An empty cell, or one that is not a text, raises DataError."""
-    return _cells(table, column, _text)
-
-
-def numbers_of(table: Table, column: str) -> list[float]:
-    """The cells of a column as finite numbers; anything else raises DataError."""
-    return _cells(table, column, _number)
-
-
-def labels_of(table: Table, column: str) -> list[str]:
-    """The cells of a column as label names; 1, 1.0, "1.0" and true are all "1"."""
-    return _cells(table, column, _label)
-
-
-def _cells(table: Table, column: str, convert: Callable[[Any], _T]) -> list[_T]:
-    out = []
+def cells(
+    table: Table, column: str, convert: Callable[[Any], _T], bad: dict[int, str] | None = None
+) -> list[_T | None]:
+    """Every cell of a column, converted. One that is empty, or that ``convert`` refuses with ValueError, raises
+    DataError with its place; given ``bad`` it is None instead, and row -> what is wrong is written there."""
+    out: list[_T | None] = []
     for row, cell in enumerate(table.columns[column]):
-        if cell is None or (isinstance(cell, str) and not cell.strip()) or cell != cell:
-            raise DataError(f"{table.at(row, column)}: is empty.", "Fill it in or remove the row.")
         try:
+            if cell is None or (isinstance(cell, str) and not cell.strip()) or cell != cell:
+                raise ValueError("is empty")
             out.append(convert(cell))
         except ValueError as error:
-            raise DataError(f"{table.at(row, column)}: {error}.") from None
+            message = f"{table.at(row, column)}: {error}."
+            if bad is None:
+                hint = "Fill it in or remove the row, or leave out all such rows with --skip-bad."
+                raise DataError(message, hint if str(error) == "is empty" else "") from None
+            bad.setdefault(row, message)
+            out.append(None)
     return out
 
 
-def _text(cell: Any) -> str:
+def text(cell: Any) -> str:
+    """A cell as a text."""
     if isinstance(cell, (dict, list)):
         raise ValueError(f"expected a text, found a {type(cell).__name__}")
-    return str(cell)
+    found = str(cell)
+    if not found.isascii():
+        try:
+            found.encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds bytes that are not UTF-8") from None
+    return found
 
 
-def _number(cell: Any) -> float:
+def number(cell: Any) -> float:
+    """A cell as a finite number."""
     try:
         value = float(cell)
     except (TypeError, ValueError):
@@ -142,7 +145,8 @@ def _number(cell: Any) -> float:
     return value
 
 
-def _label(cell: Any) -> str:
+def label(cell: Any) -> str:
+    """A cell as the name of a label; 1, 1.0, "1.0" and true are all "1"."""
     if isinstance(cell, (dict, list)):
         raise ValueError(f"expected one label, found a {type(cell).__name__}")
     if isinstance(cell, float) and not cell.is_integer():
@@ -150,13 +154,29 @@ def _label(cell: Any) -> str:
     if isinstance(cell, (bool, float)):
         return str(int(cell))
     # pandas writes a column of whole numbers with a gap in it as 1.0
-    return re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip())
+    return re.sub(r"^(\d+)\.0+$", r"\1", text(cell).strip())
 
 
-def _decode(path: str, raw: bytes) -> str:
+def labels(cell: Any) -> list[str]:
+    """A cell as several labels: a list, or a text with ``|``, ``;`` or ``,`` between them."""
+    found = cell if isinstance(cell, list) else re.split(r"\s*[|;,]\s*", text(cell).strip())
+    return sorted({label(one) for one in found})
+
+
+def words(cell: Any) -> list[str]:
+    """A cell as words, or the tags of words: a list, or a text with spaces between them."""
+    found = cell if isinstance(cell, list) else text(cell).split()
+    if not found:
+        raise ValueError("is empty")
+    return [label(one) for one in found]
+
+
+def _decode(path: str, raw: bytes, bad: list[str] | None) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if bad is not None:
+            return raw.decode("utf-8-sig", errors="surrogateescape")  # and the cells are refused one by one
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8.",
@@ -164,18 +184,26 @@ def _decode(path: str, raw: bytes) -> str:
         ) from None
 
 
-def _read_csv(path: str, raw: bytes, sha256: str) -> Table:
-    text = _decode(path, raw)
+def _refuse(error: DataError, bad: list[str] | None) -> None:
+    """Raise, or tell of a line that is left out."""
+    if bad is None:
+        raise error from None
+    bad.append(error.message)
+
+
+def _read_csv(path: str, raw: bytes, sha256: str, bad: list[str] | None) -> Table:
+    text = _decode(path, raw, bad)
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max(",;\t", key=header.count)  # the first of equals: a comma
-    return _delimited(path, text, sha256, delimiter=delimiter, strict=True)
+    return _delimited(path, text, sha256, bad, delimiter=delimiter, strict=True)
 
 
-def _read_tsv(path: str, raw: bytes, sha256: str) -> Table:
-    return _delimited(path, _decode(path, raw), sha256, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _read_tsv(path: str, raw: bytes, sha256: str, bad: list[str] | None) -> Table:
+    text = _decode(path, raw, bad)
+    return _delimited(path, text, sha256, bad, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _delimited(path: str, text: str, sha256: str, **dialect: Any) -> Table:
+def _delimited(path: str, text: str, sha256: str, bad: list[str] | None, **dialect: Any) -> Table:
     limit = csv.field_size_limit(len(text) + 1)  # the default of 128 KiB refuses long documents
     rows, lines, start = [], [], 1
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
@@ -186,6 +214,7 @@ def _delimited(path: str, text: str, sha256: str, **dialect: Any) -> Table:
                 lines.append(start)
             start = reader.line_num + 1
     except csv.Error as error:
+        # Where a quote is open nobody knows what is a line, so this one cannot be skipped.
         raise DataError(
             f"{path}, line {start}: {error}.", "Close the quote or double the inner ones."
         ) from None
@@ -197,45 +226,47 @@ def _delimited(path: str, text: str, sha256: str, **dialect: Any) -> Table:
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise DataError(f"{path}, line {lines[0]}: two columns are called {twice!r}.", "Rename one.")
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            raise DataError(
-                f"{path}, line {line}: {len(row)} columns where the header has {len(header)} "
-                f"({', '.join(header)}).",
-                "A value that contains the separator must be quoted."
-                if dialect["delimiter"] != "\t"
-                else "Exactly one tab must stand between two columns.",
-            )
-    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
-    return Table(path, columns, lines[1:], sha256)
+    kept = []
+    for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
+        if len(row) == len(header):
+            kept.append(place)
+            continue
+        problem = f"{path}, line {line}: {len(row)} columns where the header has {len(header)} ({', '.join(header)})."
+        tabs = dialect["delimiter"] == "\t"
+        hint = (
+            "Exactly one tab must stand between two columns."
+            if tabs
+            else "A value that contains the separator must be quoted."
+        )
+        _refuse(DataError(problem, hint), bad)
+    columns = {name: [rows[place][i] for place in kept[1:]] for i, name in enumerate(header)}
+    return Table(path, columns, [lines[place] for place in kept[1:]], sha256)
 
 
-def _read_jsonl(path: str, raw: bytes, sha256: str) -> Table:
+def _read_jsonl(path: str, raw: bytes, sha256: str, bad: list[str] | None) -> Table:
     rows: list[dict[str, Any]] = []
     lines = []
     # Not splitlines(): a text may hold U+2028, which is no line end in JSON lines.
-    for number, line in enumerate(_decode(path, raw).split("\n"), 1):
+    for number, line in enumerate(_decode(path, raw, bad).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error.msg}, character {error.colno}).",
-                "Each line must be one complete object.",
-            ) from None
+            problem = f"{path}, line {number}: not JSON ({error.msg}, character {error.colno})."
+            _refuse(DataError(problem, "Each line must be one complete object."), bad)
+            continue
         if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number}: a {type(row).__name__} where an object was expected.",
-                'Each line must look like {"text": "..."}.',
-            )
+            problem = f"{path}, line {number}: a {type(row).__name__} where an object was expected."
+            _refuse(DataError(problem, 'Each line must look like {"text": "..."}.'), bad)
+            continue
         rows.append(row)
         lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(path, {name: [row.get(name) for row in rows] for name in names}, lines, sha256)
 
 
-def _read_parquet(path: str, raw: bytes, sha256: str) -> Table:
+def _read_parquet(path: str, raw: bytes, sha256: str, bad: list[str] | None) -> Table:  # noqa: ARG001 - as the others
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -247,13 +278,13 @@ def _read_parquet(path: str, raw: bytes, sha256: str) -> Table:
     return Table(path, columns, range(1, rows + 1), sha256, unit="row")
 
 
-def _read_txt(path: str, raw: bytes, sha256: str) -> Table:
-    kept = [(number, line.rstrip("\r")) for number, line in enumerate(_decode(path, raw).split("\n"), 1)]
+def _read_txt(path: str, raw: bytes, sha256: str, bad: list[str] | None) -> Table:
+    kept = [(number, line.rstrip("\r")) for number, line in enumerate(_decode(path, raw, bad).split("\n"), 1)]
     kept = [(number, line) for number, line in kept if line.strip()]
     return Table(path, {"text": [line for _, line in kept]}, [number for number, _ in kept], sha256)
 
 
-_READERS: dict[str, Callable[[str, bytes, str], Table]] = {
+READERS: dict[str, Callable[[str, bytes, str, list[str] | None], Table]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,

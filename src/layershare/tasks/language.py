@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from layershare.errors import DataError
-from layershare.tasks.corpus import PARTS, read_corpus
+from layershare.errors import DataError, OptionError
+from layershare.tasks.corpus import COLUMNS, PARTS, read_corpus
+from layershare.tasks.files import text
 from layershare.tasks.packing import Frame
-from layershare.tasks.task import Data, Outputs, Task
+from layershare.tasks.reading import read_splits
+from layershare.tasks.sources import is_file_name, listed
+from layershare.tasks.task import Data, Outputs, Paths, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +55,7 @@ class Objective:
         frame: tokenizer -> what stands around each block and between documents.
         check: raises where the tokenizer or a block size does not allow it.
         batch: blocks of one size, a generator for each -> tensors for the model and ``labels``, aligned with the
-            logits, -100 where nothing is asked.
+            logits, -100 where nothing is asked. Where the task has ``labels`` among its inputs the model reads them.
     """
 
     task: Task
@@ -62,19 +64,35 @@ class Objective:
     check: Callable[[Words, int, Guessing], None]
     batch: "Callable[[Sequence[Sequence[int]], Sequence[np.random.Generator], Words, Guessing], dict[str, Tensor]]"
 
+    def inputs(self, batch: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """What of a batch the model is given."""
+        return {name: value for name, value in batch.items() if name != "labels" or name in self.task.inputs}
+
 
 def read_texts(
-    paths: Sequence[str | Path] | str | Path,
+    paths: Paths,
     *,
-    test: Sequence[str | Path] | str | Path = (),
-    validation: Sequence[str | Path] | str | Path = (),
+    test: Paths = (),
+    validation: Paths = (),
     columns: Mapping[str, str] | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
+    skip_bad: bool = False,
 ) -> Data:
-    """Read documents, one a row, or in ``.txt`` files one a paragraph; see :mod:`layershare.tasks.corpus`."""
+    """Read documents, one a row, or in ``.txt`` files one a paragraph; see :mod:`layershare.tasks.corpus`.
+
+    What is no file is read as other tables are, and so is everything with ``skip_bad``, which ``.txt`` files have not.
+    """
     from datasets import Dataset
 
+    sources = [*listed(paths), *listed(validation), *listed(test)]
+    if skip_bad and (plain := [file for file in sources if str(file).endswith(".txt")]):
+        raise OptionError(f"{plain[0]}: skip_bad is for rows of a table.", "Mend the file, or leave it out.")
+    if skip_bad or not all(is_file_name(source) for source in sources):
+        return read_splits(
+            paths, test, validation, candidates=COLUMNS, given=columns, optional=frozenset(), convert={"text": text},
+            split=split, seed=seed, skip_bad=skip_bad,
+        )  # fmt: skip
     corpus = read_corpus(paths, validation=validation, test=test, columns=columns, split=split, seed=seed)
     parts: list[Any] = [
         Dataset.from_dict({"text": list(corpus.stream(part))}) if corpus.documents[part] else None
@@ -134,7 +152,8 @@ def forward_lm(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_stat
     out = model(**batch, **flags, output_hidden_states=hidden_states)
     states = out.hidden_states if hidden_states else ()
     mask = batch.get("attention_mask")
-    return Outputs(None, out.logits, states, torch.ones_like(batch["input_ids"]) if mask is None else mask)
+    mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    return Outputs(None, out.logits, states, mask, along="source")
 
 
 def guess_loss(logits: "Tensor", labels: "Tensor") -> "Tensor":
@@ -170,9 +189,9 @@ def judge(
             for rows, places in _alike(blocks, batch_size, words.vocabulary):
                 batch = objective.batch(rows, draws(0, places), words, guessing)
                 batch = {name: value.to(device) for name, value in batch.items()}
-                labels = batch.pop("labels")
+                labels, inputs = batch["labels"], objective.inputs(batch)
                 asked = labels != -100
-                logits = objective.task.forward(model, batch).logits
+                logits = objective.task.forward(model, inputs).logits
                 assert logits is not None
                 logits = logits[asked].float()
                 total += float(torch.nn.functional.cross_entropy(logits, labels[asked], reduction="sum"))
@@ -180,7 +199,7 @@ def judge(
                 right += int((guess == labels[asked]).sum())
                 count += int(asked.sum())
                 if teacher is not None:
-                    theirs = objective.task.forward(teacher, batch).logits
+                    theirs = objective.task.forward(teacher, inputs).logits
                     assert theirs is not None
                     same += int((guess == theirs[asked].argmax(-1)).sum())
     finally:
@@ -214,6 +233,25 @@ def evaluator(objective: Callable[[], Objective]) -> Any:
         return judge(model, blocks, aim, words, guessing, batch_size=batch_size, teacher=teacher)
 
     return evaluate
+
+
+def language_task(
+    name: str, auto_class: str, encode: Any, objective: Callable[[], Objective], **own: Any
+) -> Task:
+    """A task of running text, judged by perplexity. ``own``: what else it has of its own, or differs in."""
+    common = {"read": read_texts, "texts": texts_of, "check": check_any, "forward": forward_lm}
+    return Task(
+        name=name,
+        auto_class=auto_class,
+        metric="perplexity",
+        higher_is_better=False,
+        columns=COLUMNS,
+        optional=frozenset(),
+        encode=encode,
+        evaluate=evaluator(objective),
+        metric_of=perplexity,
+        **common | own,
+    )
 
 
 def _alike(

@@ -6,28 +6,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layershare.errors import ModelError, OptionError
-from layershare.tasks.corpus import COLUMNS
-from layershare.tasks.language import (
-    Guessing,
-    Objective,
-    Words,
-    check_any,
-    evaluator,
-    forward_lm,
-    perplexity,
-    read_texts,
-    texts_of,
-)
+from layershare.tasks.language import Guessing, Objective, Words, language_task
 from layershare.tasks.masking import mask_tokens
 from layershare.tasks.packing import framed, packed_dataset
-from layershare.tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
 
-def encode(tokenizer: Any, dataset: "Dataset", max_length: int) -> "Dataset":
+def encode(
+    tokenizer: Any,
+    dataset: "Dataset",
+    max_length: int,
+    config: Any = None,  # noqa: ARG001 - the same call for every task
+) -> "Dataset":
     """Packed blocks of ``max_length`` tokens, framed as one text, nothing masked yet."""
     return packed_dataset(tokenizer, dataset, framed(tokenizer), max_length)
 
@@ -60,19 +53,5 @@ def batch(
     }
 
 
-TASK = Task(
-    name="masked-lm",
-    auto_class="AutoModelForMaskedLM",
-    metric="perplexity",
-    higher_is_better=False,
-    columns=COLUMNS,
-    optional=frozenset(),
-    read=read_texts,
-    encode=encode,
-    texts=texts_of,
-    check=check_any,
-    forward=forward_lm,
-    evaluate=evaluator(lambda: OBJECTIVE),
-    metric_of=perplexity,
-)
+TASK = language_task("masked-lm", "AutoModelForMaskedLM", encode, lambda: OBJECTIVE)
 OBJECTIVE: Objective = Objective(TASK, "WordPiece", framed, check, batch)

@@ -1,20 +1,23 @@
-"""Files -> Data, the same way for every task: choose columns, convert cells, split without leaks."""
+"""Tables -> Data, the same way for every task: choose columns, convert cells, split without leaks."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError
-from layershare.tasks.files import Table, choose_columns, read_table
+from layershare.tasks.files import Table, cells, choose_columns
+from layershare.tasks.sources import read_tables
 from layershare.tasks.splits import leaks, split_rows
-from layershare.tasks.task import Data
+from layershare.tasks.task import Data, Paths
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Paths = Sequence[str | Path] | str | Path
-TEXTS = ("text", "text_pair")
+TEXTS = ("text", "text_pair", "words")
 PARTS = ("train", "validation", "test")
+TOLD = 5
+"""So many of the rows that were skipped are told one by one."""
+
+Rows = dict[str, list[Any]]
 
 
 def read_splits(
@@ -25,64 +28,80 @@ def read_splits(
     candidates: Mapping[str, tuple[str, ...]],
     given: Mapping[str, str] | None,
     optional: frozenset[str],
-    convert: Mapping[str, Callable[[Table, str], list[Any]]],
+    convert: Mapping[str, Callable[[Any], Any]],
     together: Mapping[str, str] | None = None,
+    equal: tuple[str, str] | None = None,
     stratify: str | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
+    skip_bad: bool = False,
 ) -> Data:
     """Read ``paths``, the files only tested on, ``test``, and those only chosen on, ``validation``, into Data.
 
-    ``together`` names roles that mean nothing without another one (a score without a second text); a guessed
-    one is then left out, a given one raises. ``stratify`` is the role whose values each split gets in equal
-    shares. Parts without files of their own are split off from ``paths``. No text stands in two parts: rows of
-    ``paths`` that share one with a file for validation or test are left out, and so are rows of ``validation`` that
-    share one with ``test``; the notes say how many.
+    ``convert``: role -> what makes a value of a cell, or raises ValueError. ``together`` names roles that mean nothing
+    without another one (a score without a second text); a guessed one is then left out, a given one raises. ``equal``:
+    two roles whose lists must be equally long. ``stratify`` is the role whose values each split gets in equal shares.
+    Parts without files of their own are split off from ``paths``, unless ``paths`` is a data set with parts. No text
+    stands in two parts: rows of ``paths`` that share one with validation or test are left out, and so are rows of
+    validation that share one with test; the notes say how many. With ``skip_bad`` rows that cannot be read are left
+    out as well, and the notes say how many and why.
     """
-    tables = [read_table(path) for path in _listed(paths)]
-    if not tables:
+    lines: list[str] | None = [] if skip_bad else None
+    tables = read_tables(paths, lines)
+    if not tables.get("train"):
         raise DataError("No data file was given.")
-    apart = {"test": [*map(read_table, _listed(test))], "validation": [*map(read_table, _listed(validation))]}
-    chosen = choose_columns(tables, candidates, given, optional)
-    for role, needs in (together or {}).items():
-        if role in chosen and needs not in chosen:
-            if given and role in given:
-                raise DataError(f"The column {chosen[role]!r} ({role}) needs a column for {needs} beside it.")
-            del chosen[role]
-    rows = _convert(tables, chosen, convert)
-    notes = [] if given == chosen else [f"Columns: {', '.join(f'{r} = {c!r}' for r, c in chosen.items())}."]
-    held = {}
-    for name, files in apart.items():
-        if files:
+    for part, given_files in (("validation", validation), ("test", test)):
+        if own := read_tables(given_files, lines):
+            tables[part] = [table for found in own.values() for table in found]
+    used = [table for part in PARTS for table in tables.get(part, ())]
+    rows: dict[str, Rows] = {}
+    chosen: dict[str, str] = {}
+    skipped, total = list(lines or ()), sum(len(table.lines) for table in used) + len(lines or ())
+    for part in PARTS:
+        if part in tables:
             # A file may have what the training file lacks (scores), so each part chooses for itself.
-            own = choose_columns(files, candidates, given, optional)
+            own_columns = choose_columns(tables[part], candidates, given, optional)
             for role, needs in (together or {}).items():
-                if needs not in own:
-                    own.pop(role, None)
-            held[name] = _convert(files, own, convert)
-    if len(held) == 2:
-        what = f"validation rows of {apart['validation'][0].path}", "test"
-        held["validation"] = _without(held["validation"], held["test"], *what, notes)
-    for name, other in held.items():
-        rows = _without(rows, other, f"rows of {tables[0].path}", name, notes)
-    split = _rest(split, held)
-    strata = rows[stratify] if stratify else None
-    parts = dict(zip(PARTS, split_rows(_texts(rows), split, seed, strata), strict=True))
-    labels = {label for part in (rows, *held.values()) for label in part.get("label", ())}
+                if role in own_columns and needs not in own_columns:
+                    if given and role in given and part == "train":
+                        raise DataError(
+                            f"The column {own_columns[role]!r} ({role}) needs a column for {needs} beside it."
+                        )
+                    del own_columns[role]
+            chosen = chosen or own_columns
+            rows[part] = _convert(tables[part], own_columns, convert, equal, skipped if skip_bad else None)
+    notes = [] if given == chosen else [f"Columns: {', '.join(f'{r} = {c!r}' for r, c in chosen.items())}."]
+    if skipped:
+        more = f" ... and {len(skipped) - TOLD} more" if len(skipped) > TOLD else ""
+        notes.append(f"{len(skipped)} of {total} rows were skipped: {' '.join(skipped[:TOLD])}{more}")
+    first = tables["train"][0].path
+    if "validation" in rows and "test" in rows:
+        what = f"validation rows of {tables['validation'][0].path}", "test"
+        rows["validation"] = _without(rows["validation"], rows["test"], *what, notes)
+    for name in ("test", "validation"):
+        if name in rows:
+            rows["train"] = _without(rows["train"], rows[name], f"rows of {first}", name, notes)
+    held: dict[str, Rows] = {name: rows[name] for name in ("validation", "test") if name in rows}
+    strata = rows["train"].get(stratify) if stratify else None
+    fractions = _rest(split, held)
+    parts = dict(zip(PARTS, split_rows(_texts(rows["train"]), fractions, seed, strata), strict=True))
+    labels = {label for part in rows.values() for label in part.get("label", ())}
+    for role in ("labels", "tags"):
+        labels |= {label for part in rows.values() for several in part.get(role, ()) for label in several}
     return Data(
-        train=_take(rows, parts["train"]),
-        validation=_whole(held["validation"]) if "validation" in held else _take(rows, parts["validation"]),
-        test=_whole(held["test"]) if "test" in held else _take(rows, parts["test"]),
+        train=_take(rows["train"], parts["train"]),
+        validation=_whole(held["validation"])
+        if "validation" in held
+        else _take(rows["train"], parts["validation"]),
+        test=_whole(held["test"]) if "test" in held else _take(rows["train"], parts["test"]),
         columns=chosen,
-        sha256={table.path: table.sha256 for table in (*tables, *apart["validation"], *apart["test"])},
+        sha256={table.path: table.sha256 for table in used},
         labels=tuple(sorted(labels, key=_by_number_then_name)),
         notes=tuple(notes),
     )
 
 
-def _without(
-    rows: dict[str, list[Any]], held: Mapping[str, list[Any]], what: str, name: str, notes: list[str]
-) -> dict[str, list[Any]]:
+def _without(rows: Rows, held: Mapping[str, list[Any]], what: str, name: str, notes: list[str]) -> Rows:
     """``rows`` without those that share a text with the part ``name``; a note says how many those were."""
     count = len(_texts(rows))
     dropped = set(leaks(_texts(rows), _texts(held)))
@@ -105,22 +124,45 @@ def _by_number_then_name(label: str) -> tuple[bool, int, str]:
     return not numbered, int(label) if numbered else 0, label
 
 
-def _listed(paths: Paths) -> list[str | Path]:
-    return [paths] if isinstance(paths, (str, Path)) else list(paths)
-
-
 def _convert(
     tables: Sequence[Table],
     chosen: Mapping[str, str],
-    convert: Mapping[str, Callable[[Table, str], list[Any]]],
-) -> dict[str, list[Any]]:
-    return {
-        role: [v for table in tables for v in convert[role](table, name)] for role, name in chosen.items()
-    }
+    convert: Mapping[str, Callable[[Any], Any]],
+    equal: tuple[str, str] | None,
+    skipped: list[str] | None,
+) -> Rows:
+    """The converted cells of each role; with ``skipped`` rows that have a bad one are left out and told there."""
+    rows: Rows = {role: [] for role in chosen}
+    for table in tables:
+        bad: dict[int, str] = {}
+        columns = {
+            role: cells(table, name, convert[role], None if skipped is None else bad)
+            for role, name in chosen.items()
+        }
+        first, second = equal or ("", "")
+        for row in range(len(table.lines)) if {first, second} <= set(chosen) else ():
+            one, other = columns[first][row], columns[second][row]
+            if one is not None and other is not None and len(one) != len(other):
+                place = table.at(row, chosen[second])
+                bad.setdefault(row, f"{place}: {len(other)} {second} for {len(one)} {first}.")
+                if skipped is None:
+                    raise DataError(bad[row], "Each needs exactly one.")
+        if skipped is not None:
+            skipped += [bad[row] for row in sorted(bad)]
+        if bad and len(bad) == len(table.lines):
+            raise DataError(f"{table.path}: not one row can be read. The first: {bad[min(bad)]}")
+        for role, values in columns.items():
+            rows[role] += [value for row, value in enumerate(values) if row not in bad]
+    return rows
 
 
 def _texts(rows: Mapping[str, list[Any]]) -> list[tuple[str, ...]]:
-    return list(zip(*(rows[name] for name in TEXTS if name in rows), strict=True))
+    sides = [[_one(value) for value in rows[name]] for name in TEXTS if name in rows]
+    return list(zip(*sides, strict=True))
+
+
+def _one(value: Any) -> str:
+    return value if isinstance(value, str) else " ".join(value)
 
 
 def _take(rows: Mapping[str, list[Any]], part: Sequence[int]) -> "Dataset | None":

@@ -1,4 +1,5 @@
-"""Sentence embeddings: mean pooling over the mask, unit length (Reimers, Gurevych 2019, arXiv 1908.10084).
+"""Sentence embeddings: tokens pooled as the model says, by their mean unless it does, and brought to unit length
+(Reimers, Gurevych 2019, arXiv 1908.10084).
 
 Three kinds of file: pairs with a score; pairs without one; single texts. Training needs no labels and uses
 every different text. Evaluation is the Spearman correlation of cosine and score where there are scores, and
@@ -7,14 +8,14 @@ of the same text.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError, ModelError
 from layershare.tasks.encoding import batches, encode, usable_length
-from layershare.tasks.files import numbers_of, texts_of
+from layershare.tasks.files import number, text
+from layershare.tasks.pooling import pooling_of
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Task
+from layershare.tasks.task import Data, Outputs, Paths, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,13 +50,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 def read(
-    paths: Sequence[str | Path] | str | Path,
+    paths: Paths,
     *,
-    test: Sequence[str | Path] | str | Path = (),
-    validation: Sequence[str | Path] | str | Path = (),
+    test: Paths = (),
+    validation: Paths = (),
     columns: Mapping[str, str] | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
+    skip_bad: bool = False,
 ) -> Data:
     """Read pairs with or without score, or single texts; see :class:`~layershare.tasks.task.Task`."""
     return read_splits(
@@ -65,10 +67,11 @@ def read(
         candidates=COLUMNS,
         given=columns,
         optional=TASK.optional,
-        convert={"text": texts_of, "text_pair": texts_of, "score": numbers_of},
+        convert={"text": text, "text_pair": text, "score": number},
         together={"score": "text_pair"},
         split=split,
         seed=seed,
+        skip_bad=skip_bad,
     )
 
 
@@ -83,7 +86,12 @@ def unique_texts(dataset: "Dataset") -> list[str]:
     return list(dict.fromkeys(text for row in zip(*sides, strict=True) for text in row))
 
 
-def encode_texts(tokenizer: Any, dataset: "Dataset", max_length: int) -> "Dataset":
+def encode_texts(
+    tokenizer: Any,
+    dataset: "Dataset",
+    max_length: int,
+    config: Any = None,  # noqa: ARG001 - the same call for every task
+) -> "Dataset":
     """One row of token ids for each different text of the split."""
     from datasets import Dataset
 
@@ -91,7 +99,8 @@ def encode_texts(tokenizer: Any, dataset: "Dataset", max_length: int) -> "Datase
 
 
 def check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for every task
-    """Any encoder or decoder without a head will do."""
+    """Any encoder or decoder without a head will do, if its tokens are pooled in a way that is known."""
+    pooling_of(config)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"A {config.model_type} model has an encoder and a decoder; its text embedding is not defined.",
@@ -101,13 +110,18 @@ def check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for 
 
 def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states: bool = False) -> Outputs:
     """Embeddings [B, d] of a padded batch."""
+    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
     from torch.nn.functional import normalize
 
+    pool = pooling_of(extract_model_from_parallel(model).config)
     out = model(**batch, output_hidden_states=hidden_states)
     mask = batch["attention_mask"]
-    weights = mask.unsqueeze(-1).to(out.last_hidden_state.dtype)
-    mean = (out.last_hidden_state * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return Outputs(normalize(mean, dim=-1), None, out.hidden_states if hidden_states else (), mask)
+    return Outputs(
+        normalize(pool(out.last_hidden_state, mask), dim=-1),
+        None,
+        out.hidden_states if hidden_states else (),
+        mask,
+    )
 
 
 def embed(

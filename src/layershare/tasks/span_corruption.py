@@ -1,6 +1,6 @@
 """Span corruption for encoder-decoders (T5; Raffel et al. 2019, arXiv 1910.10683). Judged by perplexity of the target.
 
-Not listed in ``TASKS``: it is an objective of ``pretrain``, and what such a model is for has tasks of its own.
+It is asked as translation is: the spans that were left out are the ``labels``, and logits lie along them.
 """
 
 from collections.abc import Sequence
@@ -9,21 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layershare.errors import ModelError, OptionError
-from layershare.tasks.corpus import COLUMNS
-from layershare.tasks.language import (
-    Guessing,
-    Objective,
-    Words,
-    check_any,
-    evaluator,
-    forward_lm,
-    perplexity,
-    read_texts,
-    texts_of,
-)
+from layershare.tasks import seq2seq
+from layershare.tasks.language import Guessing, Objective, Words, draws, language_task, words_of
 from layershare.tasks.masking import corrupt_spans, noise_spans, spans_of
 from layershare.tasks.packing import Frame, packed_dataset, separator_of
-from layershare.tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,9 +24,20 @@ def frame(tokenizer: Any) -> Frame:
     return Frame(separator=separator_of(tokenizer))
 
 
-def encode(tokenizer: Any, dataset: "Dataset", max_length: int) -> "Dataset":
-    """Packed blocks of ``max_length`` tokens, not corrupted yet."""
-    return packed_dataset(tokenizer, dataset, frame(tokenizer), max_length)
+def encode(tokenizer: Any, dataset: "Dataset", max_length: int, config: Any = None) -> "Dataset":
+    """Packed blocks of ``max_length`` tokens; given a config, corrupted, what was left out being the ``labels``."""
+    from datasets import Dataset
+
+    blocks = packed_dataset(tokenizer, dataset, frame(tokenizer), max_length)
+    if config is None:
+        return blocks
+    words, guessing = words_of(tokenizer, config), Guessing()
+    check(words, max_length, guessing)
+    columns: dict[str, list[list[int]]] = {name: [] for name in seq2seq.INPUTS}
+    for place, block in enumerate(blocks["input_ids"]):
+        for name, value in batch([block], draws(0, [place]), words, guessing).items():
+            columns[name].append(value[0].tolist())
+    return Dataset.from_dict(columns)
 
 
 def check(words: Words, size: int, guessing: Guessing) -> None:
@@ -61,7 +61,7 @@ def batch(
     words: Words,
     guessing: Guessing,
 ) -> "dict[str, Tensor]":
-    """``input_ids`` [B, T], ``decoder_input_ids`` and ``labels`` [B, U]; equal blocks give equal lengths."""
+    """``input_ids``, ``attention_mask`` [B, T] and ``labels`` [B, U]; equal blocks give equal lengths."""
     import torch
 
     assert words.end is not None
@@ -69,26 +69,13 @@ def batch(
     for block, draw in zip(blocks, draws, strict=True):
         noise = noise_spans(len(block), draw, guessing.rate, guessing.mean_span)
         pairs.append(corrupt_spans(block, noise, words.sentinels, words.end))
-    return {
-        "input_ids": torch.tensor([left for left, _ in pairs]),
-        "decoder_input_ids": torch.tensor([[words.start, *target[:-1]] for _, target in pairs]),
-        "labels": torch.tensor([target for _, target in pairs]),
-    }
+    left = torch.tensor([source for source, _ in pairs])
+    labels = torch.tensor([target for _, target in pairs])
+    return {"input_ids": left, "attention_mask": torch.ones_like(left), "labels": labels}
 
 
-TASK = Task(
-    name="span-corruption",
-    auto_class="AutoModelForSeq2SeqLM",
-    metric="perplexity",
-    higher_is_better=False,
-    columns=COLUMNS,
-    optional=frozenset(),
-    read=read_texts,
-    encode=encode,
-    texts=texts_of,
-    check=check_any,
-    forward=forward_lm,
-    evaluate=evaluator(lambda: OBJECTIVE),
-    metric_of=perplexity,
-)
+TASK = language_task(
+    "span-corruption", "AutoModelForSeq2SeqLM", encode, lambda: OBJECTIVE,
+    check=seq2seq.check, forward=seq2seq.forward, inputs=seq2seq.INPUTS, collate=seq2seq.collate, counts=seq2seq.counts,
+)  # fmt: skip
 OBJECTIVE: Objective = Objective(TASK, "byte-level BPE", frame, check, batch)

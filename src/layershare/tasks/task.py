@@ -1,9 +1,10 @@
 """The shape of a task, of its data and of what a model gives back for it. No torch at import."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from layershare.tasks.encoding import INPUTS, pad, token_counts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,8 +17,8 @@ class Data:
 
     Attributes:
         train, validation, test: ``datasets.Dataset`` whose columns are named by role (``text``,
-            ``text_pair``, ``score``, ``label``), whatever the file called them; None where there is no such
-            split.
+            ``text_pair``, ``score``, ``label``, ``target``), whatever the file called them; None where there is no
+            such split.
         columns: role -> the column of the file that was taken for it.
         sha256: file name as given -> SHA-256 of its bytes.
         labels: the label names found, sorted (classification only).
@@ -58,39 +59,77 @@ class Data:
         }
 
 
+Axis = Literal["source", "target"]
+"""What a sequence lies along: the tokens of the input, or those of the text that an encoder-decoder is to write."""
+
+
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says about one batch of B texts of T tokens.
+    """What a model says about one batch of B inputs of T tokens, and of targets of U tokens where there are any.
 
     Attributes:
         embedding: [B, d], unit length; None for tasks without one.
-        logits: [B, classes], unnormalised; None for tasks without them.
-        hidden_states: the embedding output, then the output of each layer, each [B, T, d]; empty unless
-            asked for.
-        mask: [B, T], 1 where there is a real token.
+        logits: unnormalised; [B, classes], or one such entry (or several, for several questions) for each token
+            ``along`` an axis; None for tasks without them.
+        hidden_states: the embedding output, then the output of each layer, each [B, T, d]; those of a decoder behind
+            its encoder's, without its embedding output, are [B, U, d]; empty unless asked for.
+        mask: [B, T], 1 where there is a real token; None where every input has equally many and all count.
+        target_mask: [B, U], the same of the target; None without one.
+        along: whose tokens the logits belong to; None: to the whole input.
+        encoder: so many of the layers are an encoder's, in front of a decoder; None where there is but one.
     """
 
     embedding: "Tensor | None"
     logits: "Tensor | None"
     hidden_states: "tuple[Tensor, ...]"
-    mask: "Tensor"
+    mask: "Tensor | None"
+    target_mask: "Tensor | None" = None
+    along: Axis | None = None
+    encoder: int | None = None
+
+    def axis(self, layer: int) -> Axis:
+        """Along what the hidden states of a layer lie; positions count from 0, through encoder and decoder."""
+        return "source" if self.encoder is None or layer < self.encoder else "target"
+
+    def mask_of(self, axis: Axis | None) -> "Tensor | None":
+        """Where there are real tokens along an axis; None: everywhere."""
+        return self.mask if axis == "source" else self.target_mask if axis == "target" else None
+
+
+Paths = Any
+"""Files, a data set of the hub, or a ``datasets`` object; or a list of them. See :mod:`layershare.tasks.sources`."""
 
 
 class _Read(Protocol):
     def __call__(
         self,
-        paths: Sequence[str | Path] | str | Path,
+        paths: Paths,
         *,
-        test: Sequence[str | Path] | str | Path = (),
-        validation: Sequence[str | Path] | str | Path = (),
+        test: Paths = (),
+        validation: Paths = (),
         columns: Mapping[str, str] | None = None,
         split: tuple[float, float, float] = (0.8, 0.1, 0.1),
         seed: int = 0,
+        skip_bad: bool = False,
     ) -> Data: ...
 
 
 class _Encode(Protocol):
-    def __call__(self, tokenizer: Any, dataset: "Dataset", max_length: int) -> "Dataset": ...
+    def __call__(
+        self, tokenizer: Any, dataset: "Dataset", max_length: int, config: Any = None
+    ) -> "Dataset": ...
+
+
+class _Collate(Protocol):
+    def __call__(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> "dict[str, Tensor]": ...
+
+
+class _Counts(Protocol):
+    def __call__(self, rows: Any) -> Mapping[Axis, Sequence[int]]: ...
+
+
+class _Loss(Protocol):
+    def __call__(self, outputs: Outputs, labels: "Tensor") -> "Tensor": ...
 
 
 class _Texts(Protocol):
@@ -124,9 +163,17 @@ class _MetricOf(Protocol):
     def __call__(self, dataset: "Dataset") -> str: ...
 
 
+def label_loss(outputs: Outputs, labels: "Tensor") -> "Tensor":
+    """The loss of the true labels by their kind, see :func:`layershare.heal.losses.label_ce`."""
+    from layershare.heal.losses import label_ce
+
+    assert outputs.logits is not None
+    return label_ce(outputs.logits.float(), labels)
+
+
 @dataclass(frozen=True)
 class Task:
-    """One kind of model, as data and seven functions.
+    """One kind of model, as data and functions. What has a default is that of a model of texts.
 
     Attributes:
         name: as the command line spells it.
@@ -138,15 +185,26 @@ class Task:
         optional: the roles that a file may lack.
         read: files -> Data. ``test`` names files that are only tested on, ``validation`` files that are only chosen
             on; a part without files is split off from the rows, seeded, by the fractions ``split`` (train,
-            validation, test). No text is in two parts. Raises DataError naming file, line and column.
-        encode: a split -> a Dataset of ``input_ids`` ... to train on, one row a text, cut at ``max_length``
-            tokens.
+            validation, test). No text is in two parts. Raises DataError naming file, line and column; with
+            ``skip_bad`` a row that cannot be read is left out, and the notes count them.
+        encode: a split -> a Dataset of ``inputs`` to train on, one row a text, cut at ``max_length`` tokens. Given a
+            model's ``config``, and where the data has them, also ``labels``: aligned with the logits, -100 (NaN
+            among numbers) where there is none.
         texts: the different training texts of Data, in file order.
         check: raises DataError where a model with this config cannot serve the data (its labels differ).
-        forward: a padded batch of tensors -> Outputs. Extra keys in the batch are refused by the model.
+        forward: a padded batch of ``inputs`` -> Outputs. Extra keys in the batch are refused by the model.
         evaluate: figures on a split, no gradients, model left in the mode it was in. With ``teacher`` also
             ``agreement``, how far the two models say the same, which needs no labels.
         metric_of: the headline figure that ``evaluate`` can give for this dataset.
+        inputs: the names in a batch that ``forward`` takes.
+        collate: rows of ``encode`` -> a padded batch of ``inputs``, and ``labels`` where the rows have them.
+        counts: rows of ``encode`` -> axis -> how many tokens of it each row has. An axis that is left out has
+            equally many in every row.
+        loss: (Outputs, labels of the batch) -> the mean loss of the true labels, a scalar.
+        learns: whether ``encode`` can give labels, so that a model can be trained on them.
+        head: Data -> the keys of a config for a new head that answers with the labels of the data; None where a model
+            has no such head.
+        configure: settings, as a task takes them -> the task with these settings; None for a task without any.
     """
 
     name: str
@@ -162,3 +220,10 @@ class Task:
     forward: _Forward
     evaluate: _Evaluate
     metric_of: _MetricOf
+    inputs: tuple[str, ...] = INPUTS
+    collate: _Collate = pad
+    counts: _Counts = token_counts
+    loss: _Loss = label_loss
+    learns: bool = False
+    head: Callable[[Data], dict[str, Any]] | None = None
+    configure: "Callable[[Mapping[str, Any]], Task] | None" = None

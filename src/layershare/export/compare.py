@@ -1,0 +1,79 @@
+"""Whether exported graphs say what the model says, on inputs of other shapes than those that were traced."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from layershare.onnx.runner import Runner
+
+ROWS, TOKENS, NEW = 3, 7, 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """See :class:`layershare.export.onnx.OnnxExport`."""
+
+    difference: float
+    scale: float
+    agreement: float
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, runner: Runner) -> Comparison:
+    """Run both on the same random inputs, some of them padded; a model that generates also from its cache."""
+    if runner.kind == "vision":
+        size = model.config.image_size
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.randn(ROWS, model.config.num_channels, *shape, generator=_draw())
+        return _outputs(model(pixel_values=pixels), runner(pixel_values=pixels.numpy()))
+    embeddings: Any = model.get_input_embeddings()
+    high = embeddings.num_embeddings
+    ids = torch.randint(high // 2, high, (ROWS, TOKENS), generator=_draw())
+    mask = torch.ones_like(ids)
+    if runner.kind == "decoder":
+        mask[0, :3] = 0  # prompts are padded on the left
+        return _steps(model, runner, ids, mask)
+    mask[0, -3:] = 0
+    if runner.kind == "encoder-decoder":
+        return _steps(model, runner, ids, mask)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    known = {one.name for one in runner.sessions["model"].get_inputs()}
+    inputs = {name: tensor for name, tensor in inputs.items() if name in known}
+    kept = mask.bool() if "attention_mask" in known else None
+    return _outputs(model(**inputs), runner(**{n: t.numpy() for n, t in inputs.items()}), kept)
+
+
+def _outputs(wanted: Any, found: dict[str, np.ndarray], mask: Tensor | None = None) -> Comparison:
+    ((name, array),) = found.items()
+    one, other = wanted[name].double(), torch.from_numpy(array).double()
+    if mask is not None and one.shape[:2] == mask.shape:  # padding has states, but they mean nothing
+        one, other = one[mask], other[mask]
+    if name == "logits":
+        agreement = (one.argmax(-1) == other.argmax(-1)).double().mean()
+    else:
+        agreement = torch.cosine_similarity(one, other, dim=-1).mean()
+    return Comparison(float((one - other).abs().max()), float(one.abs().max()), float(agreement))
+
+
+def _steps(model: Any, runner: Runner, ids: Tensor, mask: Tensor) -> Comparison:
+    """Decode greedily with PyTorch, and score its tokens with the graph, one after the other, from the cache."""
+    settings = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None,
+        decoder_start_token_id=runner.start, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    made = model.generate(ids, attention_mask=mask, generation_config=settings)
+    tokens, logits = made.sequences[:, -NEW:], torch.stack(made.logits, dim=1)
+    steps = runner.steps(ids.numpy(), mask.numpy())
+    scores = [next(steps)]
+    scores += [steps.send(tokens[:, i].numpy()) for i in range(NEW - 1)]
+    other = torch.from_numpy(np.stack(scores, axis=1))
+    agreement = (logits.argmax(-1) == other.argmax(-1)).double().mean()
+    return Comparison(float((logits - other).abs().max()), float(logits.abs().max()), float(agreement))
+
+
+def _draw() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

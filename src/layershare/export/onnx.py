@@ -1,0 +1,200 @@
+"""ONNX export: every weight one initialiser, asserted; outputs compared with PyTorch before anything is kept."""
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
+from layershare.export.compare import compare
+from layershare.export.programs import Program, kind_of, programs
+from layershare.onnx.runner import MANIFEST, load
+from layershare.result import write_atomic
+from layershare.sharing import plan_of
+from layershare.sharing.carry import unmark
+from layershare.sharing.tie import count
+from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
+from layershare.tasks.encoding import usable_length
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SLACK = 1.02
+"""Most bytes of initialisers, as a multiple of the model's unique bytes; small constants of the graph come on top."""
+TOLERANCE = 1e-3
+"""Most difference of float outputs, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written. Bytes are those of initialisers, and of files.
+
+    ``products`` are matrix products with a weight, ``shared`` those whose weight serves others too, ``quantized`` those
+    in int8. ``difference`` is the largest one between outputs of PyTorch and ONNX Runtime, ``scale`` the largest
+    output, ``agreement`` how far both say the same: mean cosine of hidden states, or share of equal best classes or
+    greedily decoded tokens.
+    """
+
+    out: str
+    kind: str
+    bytes_unique: int
+    bytes_stored: int
+    bytes_on_disk: int
+    products: int
+    shared: int
+    quantized: int
+    difference: float
+    scale: float
+    agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        unique, stored, disk = (n / 1e6 for n in (self.bytes_unique, self.bytes_stored, self.bytes_on_disk))
+        int8 = f", {self.quantized} in int8" if self.quantized else ""
+        return (
+            f"{stored:,.1f} MB of initialisers for {unique:,.1f} MB of unique weights, {disk:,.1f} MB on disk.\n"
+            f"{self.products} products with weights{int8}; {self.shared} of them share their weight with others.\n"
+            f"Outputs differ from PyTorch's by at most {self.difference:.1e} (the largest is {self.scale:.3g}); "
+            f"agreement {self.agreement:.4f}."
+        )
+
+
+def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
+    """Write the model in ``folder``, shared or not, as ONNX graphs into ``out``, with its tokenizer and config.
+
+    ``int8``: weights, and the activations that meet them, as bytes (dynamic quantisation).
+    Raises DependencyError without the packages of ``layershare[onnx]``, ModelError for a model that cannot be exported,
+    StoreError if there is something in ``out``, or where a weight was written twice, a product was not quantised or
+    outputs differ (nothing is left then).
+    """
+    _require()
+    from layershare.export import graph
+    from layershare.export.int8 import quantize
+
+    with new_folder(out) as part:
+        model = load_model(folder).float()
+        tokenizer = None
+        with contextlib.suppress(ModelError):
+            tokenizer = load_tokenizer(folder)
+        names = tokenizer.model_input_names if tokenizer is not None else ("attention_mask",)
+        graphs = {program.name: trace(program) for program in programs(model, names)}
+        for made in graphs.values():
+            graph.tidy(made)
+        unique = _unique_bytes(model)
+        _refuse_copies(graph.stored(graphs.values(), graph.MATRIX), unique)
+        if int8:
+            for made in graphs.values():
+                quantize(made)
+        products = [
+            (node.op_type, id(right)) for made in graphs.values() for node, right in graph.products(made)
+        ]
+        quantized = sum(kind == "MatMulIntegerToFloat" for kind, _ in products)
+        if int8 and quantized < len(products):
+            raise StoreError(f"{len(products) - quantized} of {len(products)} products were not quantised.")
+        uses = Counter(weight for _, weight in products)
+        files = graph.save(graphs, part)
+        _write_beside(model, tokenizer, folder, part, {"graphs": files, "int8": int8})
+        found = compare(model, load(part))
+        if not int8 and not found.difference <= TOLERANCE * found.scale:
+            raise StoreError(
+                f"outputs of the graph differ from those of {folder} by {found.difference:.1e}: it was not kept."
+            )
+        return OnnxExport(
+            out=str(out),
+            kind=kind_of(model),
+            bytes_unique=unique,
+            bytes_stored=graph.stored(graphs.values()),
+            bytes_on_disk=sum(file.stat().st_size for file in part.glob("*.onnx*")),
+            products=len(products),
+            shared=sum(n for n in uses.values() if n > 1),
+            quantized=quantized,
+            **asdict(found),
+        )
+
+
+def trace(program: Program) -> "ir.Model":
+    """The graph of a program, as the exporter of transformers makes it. Raises ModelError with its reason."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    module: Any = program.module  # no PreTrainedModel, which the exporter does not need
+    config = OnnxConfig(dynamic_shapes=_dynamic(program.axes))
+    try:
+        with _quiet():
+            return OnnxExporter().export_program(module, dict(program.example), config)[0]
+    except LayershareError:
+        raise
+    except Exception as error:  # anything may come out of a tracer
+        reason = " ".join(str(error).split())[:200]
+        name = type(module.model).__name__
+        raise ModelError(f"{name} cannot be exported to ONNX ({type(error).__name__}: {reason}).") from error
+
+
+def _dynamic(axes: Any) -> Any:
+    if isinstance(axes, tuple):
+        return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    return {name: _dynamic(inner) for name, inner in axes.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter says a great deal that helps nobody."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _unique_bytes(model: PreTrainedModel) -> int:
+    return count(model).bytes_unique + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _refuse_copies(stored: int, unique: int) -> None:
+    if stored > SLACK * unique:
+        raise StoreError(
+            f"the graph stores {stored:,} bytes of weights where the model has {unique:,}: it was not kept.",
+            "Some weight was written more than once; please report the model and its plan.",
+        )
+
+
+def _write_beside(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, part: Path, said: Mapping[str, Any]
+) -> None:
+    """The config without the plan, what prepares inputs, and what the runner has to know."""
+    eos = getattr(model.generation_config, "eos_token_id", None) if model.can_generate() else None
+    limit = 512 if kind_of(model) == "encoder" else None
+    manifest = {
+        "kind": kind_of(model),
+        **said,
+        "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        "start": getattr(model.config, "decoder_start_token_id", None),
+        "max_length": usable_length(tokenizer, model.config, limit or 10**6)
+        if tokenizer is not None
+        else None,
+    }
+    if plan_of(model) is not None:
+        unmark(model)
+    model.config.save_pretrained(part)
+    copy_preprocessing(folder, part)
+    write_atomic(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _require() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime", "transformers.exporters"):
+        if find_spec(name) is None:
+            raise DependencyError(f"an export to ONNX needs {name}.", "pip install layershare[onnx]")

@@ -1,0 +1,285 @@
+"""What translation and summarisation have in common: pairs of texts, read by an encoder and written by a decoder.
+
+Training and distillation force the decoder: it is asked for each token of the target given the true ones before it.
+The start token and the shift are the model's own: ``labels`` go into its forward. Judging lets it write by itself,
+with ``generate``, as the user sets it. Hidden states are those of the encoder, then those of the decoder, see
+:class:`~layershare.tasks.task.Outputs`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from layershare.config import Config
+from layershare.errors import DependencyError, ModelError, OptionError, nearest
+from layershare.tasks.encoding import batches, encode, pad, usable_length
+from layershare.tasks.files import text
+from layershare.tasks.language import LOGITS
+from layershare.tasks.masking import IGNORED
+from layershare.tasks.reading import read_splits
+from layershare.tasks.task import Data, Outputs, Paths, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+INPUTS = ("input_ids", "attention_mask", "labels")
+Measure = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+"""(what the model wrote, what is right) -> figures."""
+
+
+class Settings(Config):
+    """How texts are given to the model, and how it writes."""
+
+    prefix: str = Field(
+        "", description="Put before every text, as T5 wants it: 'translate English to German: '."
+    )
+    target_length: int = Field(
+        0, ge=0, description="Longer targets are cut to this many tokens in training; 0: as the texts are."
+    )
+    num_beams: int | None = Field(
+        None, ge=1, description="Beams of the search; 1 is greedy; default: the model's."
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Most tokens written for a text; default: as many as a target may have."
+    )
+    generation: dict[str, Any] = Field(
+        {}, description="Other settings of transformers' generate, as length_penalty or no_repeat_ngram_size."
+    )
+
+
+def make(
+    name: str,
+    columns: Mapping[str, tuple[str, ...]],
+    metric: str,
+    settings: Settings,
+    measure: Measure,
+    configure: Callable[[Mapping[str, Any]], Task],
+) -> Task:
+    """The task of this name with these settings. ``columns``: for ``text`` and ``target``."""
+    return Task(
+        name=name,
+        auto_class="AutoModelForSeq2SeqLM",
+        metric=metric,
+        higher_is_better=True,
+        columns=columns,
+        optional=frozenset(),
+        read=partial(_read, columns),
+        encode=partial(_encode, settings),
+        texts=texts,
+        check=check,
+        forward=forward,
+        evaluate=partial(_evaluate, settings, measure),
+        metric_of=lambda dataset: metric,  # noqa: ARG005 - the same call for every task
+        inputs=INPUTS,
+        collate=collate,
+        counts=counts,
+        learns=True,
+        configure=configure,
+    )
+
+
+def _read(
+    guesses: Mapping[str, tuple[str, ...]],
+    paths: Paths,
+    *,
+    test: Paths = (),
+    validation: Paths = (),
+    columns: Mapping[str, str] | None = None,
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> Data:
+    """Read pairs of a text and its target. No text (of the first side) stands in two parts."""
+    return read_splits(
+        paths, test, validation, candidates=guesses, given=columns, optional=frozenset(),
+        convert={"text": text, "target": text}, split=split, seed=seed, skip_bad=skip_bad,
+    )  # fmt: skip
+
+
+def texts(data: Data) -> list[str]:
+    """The different training texts, in file order."""
+    return [] if data.train is None else list(dict.fromkeys(data.train["text"]))
+
+
+def _encode(
+    settings: Settings, tokenizer: Any, dataset: "Dataset", max_length: int, config: Any = None
+) -> "Dataset":
+    """One row for each different pair: ``input_ids``, ``attention_mask``, and ``labels``, which end the text."""
+    from datasets import Dataset
+
+    pairs = list(dict.fromkeys(zip(dataset["text"][:], dataset["target"][:], strict=True)))
+    columns = encode(tokenizer, [settings.prefix + source for source, _ in pairs], max_length)
+    most, end = settings.target_length or max_length, _end(tokenizer, config)
+    written = tokenizer(
+        text_target=[target for _, target in pairs], truncation=True, max_length=most, padding=False
+    )
+    labels = [_ended(ids, end, most) for ids in written["input_ids"]]
+    return Dataset.from_dict({name: columns[name] for name in INPUTS[:2]} | {"labels": labels})
+
+
+def _end(tokenizer: Any, config: Any) -> int | None:
+    """The token that ends what the model writes."""
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, list):
+        return end[0]
+    return tokenizer.eos_token_id if end is None else end
+
+
+def _ended(ids: list[int], end: int | None, most: int) -> list[int]:
+    """``ids`` with ``end`` behind them, which some tokenizers leave out, and without which a model never stops."""
+    return ids if end is None or ids[-1:] == [end] or len(ids) >= most else [*ids, end]
+
+
+def collate(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> "dict[str, Tensor]":
+    """Texts padded to the longest text [B, T], labels to the longest target [B, U]."""
+    return pad(tokenizer, [{name: row[name] for name in INPUTS if name in row} for row in rows])
+
+
+def counts(rows: Any) -> dict[Any, list[int]]:
+    """The tokens of each text and of each target."""
+    return {"source": [len(ids) for ids in rows["input_ids"]], "target": [len(ids) for ids in rows["labels"]]}
+
+
+def check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for every task
+    """Any encoder-decoder will do; ModelError for another model."""
+    if not config.is_encoder_decoder:
+        raise ModelError(
+            f"A {config.model_type} model has no decoder beside its encoder, so it cannot write from a text.",
+            "Give an encoder-decoder, as T5, BART or Marian.",
+        )
+
+
+def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states: bool = False) -> Outputs:
+    """Logits [B, U, vocabulary] of the target given as ``labels``, each token from those before it."""
+    out = model(**batch, use_cache=False, output_hidden_states=hidden_states)
+    states, encoder = (), None
+    if hidden_states:
+        states, encoder = (
+            out.encoder_hidden_states + out.decoder_hidden_states[1:],
+            len(out.encoder_hidden_states) - 1,
+        )
+    written = (batch["labels"] != IGNORED).long()
+    return Outputs(
+        None, out.logits, states, batch["attention_mask"], written, along="target", encoder=encoder
+    )
+
+
+def write(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[str],
+    settings: Settings | None = None,
+    *,
+    batch_size: int = 64,
+    max_length: int | None = None,
+) -> list[str]:
+    """What the model writes for each text, in order. Seeded where ``generation`` samples; the model's mode stays.
+
+    Raises OptionError for settings that ``generate`` does not take.
+    """
+    import torch
+
+    settings = settings or Settings()
+    length = usable_length(tokenizer, model.config, max_length)
+    encoded = encode(tokenizer, [settings.prefix + source for source in sources], length)
+    options = _options(settings, usable_length(tokenizer, model.config, settings.target_length or max_length))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    result = [""] * len(sources)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for indices, batch in batches(tokenizer, encoded, batch_size):
+                inputs = {name: batch[name].to(device) for name in INPUTS[:2]}
+                try:
+                    written = model.generate(**inputs, **options)
+                except (ValueError, TypeError) as error:
+                    raise OptionError(
+                        f"generate refuses {options} ({' '.join(str(error).split())})."
+                    ) from None
+                for index, line in zip(
+                    indices, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
+                ):
+                    result[index] = line.strip()
+    finally:
+        model.train(was_training)
+    return result
+
+
+def _options(settings: Settings, most: int) -> dict[str, Any]:
+    """What ``generate`` is told."""
+    from transformers import GenerationConfig
+
+    known = GenerationConfig().to_dict()
+    if wrong := next((key for key in settings.generation if key not in known), None):
+        raise OptionError(f"generation: unknown key {wrong!r}.", nearest(wrong, known))
+    own = {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
+    length = {} if "max_length" in settings.generation else {"max_new_tokens": most}
+    return length | settings.generation | {name: value for name, value in own.items() if value is not None}
+
+
+def _evaluate(
+    settings: Settings,
+    measure: Measure,
+    model: Any,
+    tokenizer: Any,
+    dataset: "Dataset",
+    *,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    teacher: Any = None,
+) -> dict[str, float]:
+    """The task's figures of what the model writes, and ``perplexity`` of the targets; with ``teacher`` also
+    ``agreement``: the share of the targets' tokens for which both models, forced, have the same first choice."""
+    written = write(
+        model, tokenizer, dataset["text"][:], settings, batch_size=batch_size, max_length=max_length
+    )
+    rows = _encode(
+        settings, tokenizer, dataset, usable_length(tokenizer, model.config, max_length), model.config
+    )
+    return measure(written, dataset["target"][:]) | _forced(model, tokenizer, rows, batch_size, teacher)
+
+
+def _forced(model: Any, tokenizer: Any, rows: "Dataset", batch_size: int, teacher: Any) -> dict[str, float]:
+    import torch
+
+    device = next(model.parameters()).device
+    columns = {name: rows[name][:] for name in INPUTS}
+    longest = max(map(len, columns["labels"]))
+    size = max(
+        1, min(batch_size, LOGITS // (longest * model.config.get_text_config(decoder=True).vocab_size))
+    )
+    total, count, same = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for _, batch in batches(tokenizer, columns, size, collate):
+                inputs = {name: values.to(device) for name, values in batch.items()}
+                asked = inputs["labels"] != IGNORED
+                logits = forward(model, inputs).logits
+                assert logits is not None
+                ours = logits[asked].float()
+                total += float(
+                    torch.nn.functional.cross_entropy(ours, inputs["labels"][asked], reduction="sum")
+                )
+                count += int(asked.sum())
+                if teacher is not None:
+                    theirs = logits if teacher is model else forward(teacher, inputs).logits
+                    assert theirs is not None
+                    same += int((ours.argmax(-1) == theirs[asked].argmax(-1)).sum())
+    finally:
+        model.train(was_training)
+    figures = {"perplexity": math.exp(min(total / count, 700))}
+    return figures | ({} if teacher is None else {"agreement": same / count})
+
+
+def needs(package: str, error: ImportError) -> DependencyError:
+    """The error for a metric whose package is missing."""
+    hint = "Install it: pip install 'layershare[text]'"
+    return DependencyError(f"The figures need the package {package} ({error}).", hint)

@@ -1,0 +1,81 @@
+"""D-Rank: effective ranks of known matrices, ranks by the formula, within the budget."""
+
+import pytest
+import torch
+
+from layershare import SharingPlan, make_plan, predict, share, verify
+from layershare.errors import PlanError
+from layershare.sharing.layout import resolve
+from layershare.sharing.lowrank import effective_rank
+from layershare.sharing.ranks import Unit, allocate, d_rank
+from layershare.stacks import Weight, find_stacks
+
+
+def test_effective_rank_counts_equal_directions():
+    assert effective_rank([torch.eye(6)]) == pytest.approx(6)
+    assert effective_rank([torch.diag(torch.tensor([2.0, 2, 2, 0, 0, 0]))]) == pytest.approx(3)
+    assert effective_rank([torch.ones(5, 4)]) == pytest.approx(1)
+
+
+def test_effective_rank_is_that_of_the_whitened_matrix():
+    """exp(-sum p log p) over the singular values of W L, for any root L of the Gram matrix."""
+    draw = torch.Generator().manual_seed(0)
+    one, two, x = (torch.randn(5, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+    p = torch.linalg.svdvals(torch.cat([one, two]) @ torch.linalg.cholesky(x.T @ x))
+    p = p / p.sum()
+    assert effective_rank([one, two], [x.T @ x / 4, x.T @ x * 3 / 4]) == pytest.approx(
+        float((-p * p.log()).sum().exp())
+    )
+    assert effective_rank([one * 7], [x.T @ x * 9]) == pytest.approx(effective_rank([one], [x.T @ x]))
+
+
+def test_ranks_follow_the_root_of_effective_rank_over_cost():
+    weight = Weight("w", (400, 300), "ffn", "linear", 4)
+    few, many = Unit((0,), weight, 25.0), Unit((0,), weight, 100.0)
+    assert many.rank(200.0) == 2 * few.rank(200.0) > 2
+    pair = Unit((0, 1), weight, 100.0)
+    assert (many.cost, pair.cost) == (700, 1100)
+    assert pair.rank(200.0) == round(200 * (100 / 1100) ** 0.5)
+    assert many.rank(1e6) == 0  # whole
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("budget", [0.5, 0.8])
+def test_the_plan_fits_the_budget_and_the_model(kind, size, budget, tiny, batch_for):
+    model = tiny(kind)
+    for stack in find_stacks(model):
+        plan = SharingPlan(stacks=(d_rank(model, stack, budget, [batch_for(kind)], size=size),))
+        assert budget - 0.15 < predict([stack], plan).ratio <= budget
+        assert verify(share(model, plan, calibration=[batch_for(kind)]), plan)
+
+
+def test_slim_maps_are_not_stacked(tiny, batch_for):
+    model = tiny("llama")
+    (stack,) = find_stacks(model)
+    plan = d_rank(model, stack, 0.6, [batch_for("llama")], size=2)
+    shared = {part for group in plan.groups if len(group.positions) == 2 for part in group.parts}
+    assert shared == {
+        "self_attn.q_proj.weight",
+        "self_attn.o_proj.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+    }
+
+
+def test_a_budget_out_of_reach_is_named(tiny):
+    (stack,) = find_stacks(tiny("bert"))
+    with pytest.raises(PlanError, match=r"1\.0%"):
+        allocate(stack, 0.01, [Unit((0,), weight, 3.0) for weight in stack.layers[0] if weight.factorable])
+
+
+def test_a_matrix_too_small_for_the_rank_of_a_basis_stays_private_with_a_note(tiny):
+    model = tiny("llama")  # keys and values are 8 x 16
+    plan = make_plan(model, "basis", rank=12)
+    layout = resolve(find_stacks(model), plan)
+    assert any(
+        "self_attn.k_proj.weight [8, 16]" in note and "it stays private" in note for note in layout.notes
+    )
+    assert not any("k_proj" in name for job in layout.jobs for name in job.names)
+    verify(share(model, plan), plan)
+    with pytest.raises(PlanError, match="rank 16"):
+        share(model, make_plan(model, "basis", rank=16, parts=["attention"]))

@@ -1,0 +1,101 @@
+"""The automatic plan: within its budget, better than even ranks, and it drops what is worth nothing."""
+
+import copy
+
+import pytest
+import torch
+
+import layershare
+from layershare.errors import PlanError
+from layershare.plan import Group, SharingPlan, StackPlan
+from layershare.sharing import search
+from layershare.sharing.moments import measure
+from layershare.stacks import find_stacks
+
+
+@pytest.fixture
+def setting(tiny):
+    """A function: kind -> model, batches, change."""
+
+    def make(kind, **sizes):
+        model = tiny(kind, **sizes)
+        draw = torch.Generator().manual_seed(0)
+        batches = [{"input_ids": torch.randint(5, 24, (32, 9), generator=draw)} for _ in range(3)]
+        if kind == "t5":
+            batches = [batch | {"decoder_input_ids": batch["input_ids"].flip(1)} for batch in batches]
+        with torch.no_grad():
+            before = [model(**batch)[0] for batch in batches]
+
+        def change(other):
+            with torch.no_grad():
+                pairs = zip(batches, before, strict=True)
+                return sum(float((other(**batch)[0] - was).square().sum()) for batch, was in pairs)
+
+        return model, batches, change
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("budget", [0.8, 0.5])
+def test_it_fits_the_budget_and_moves_less_than_even_ranks(setting, kind, budget):
+    model, batches, change = setting(kind)
+    stacks = find_stacks(model)
+    moments = measure(model, batches)
+    plan = search.automatic(model, stacks, budget, change, lambda: moments)
+    cost = layershare.predict(stacks, plan)
+    student = layershare.share(model, plan, calibration=moments)
+    assert budget - 0.03 <= cost.ratio <= budget
+    assert layershare.count(student).layer_unique == cost.layer_unique
+    even = SharingPlan(stacks=tuple(evenly(stack, budget) for stack in stacks))
+    assert layershare.predict(stacks, even).ratio <= budget
+    assert change(student) < change(layershare.share(model, even, calibration=batches))
+
+
+def evenly(stack, budget):
+    """Every matrix at the same density, the highest that fits."""
+    for per_cent in range(99, 0, -1):
+        groups = tuple(
+            Group(positions=(p,), parts=(w.name,), method="basis", rank=rank)
+            for p in range(stack.length)
+            for w in stack.layers[p]
+            if w.factorable and (rank := int(per_cent / 100 * w.size / sum(w.shape))) > 0
+        )
+        plan = StackPlan(name=stack.name, length=stack.length, groups=groups)
+        if layershare.predict([stack], SharingPlan(stacks=(plan,))).ratio <= budget:
+            return plan
+    raise AssertionError(f"{budget} cannot be reached")
+
+
+def test_a_position_that_does_nothing_is_dropped(setting):
+    model, batches, _ = setting("gpt2")
+    idle = model.transformer.h[2]
+    with torch.no_grad():
+        for module in (idle.attn.c_proj, idle.mlp.c_proj):
+            module.weight.zero_()
+            module.bias.zero_()
+        before = [model(**batch)[0] for batch in batches]
+
+    def moved(other):
+        with torch.no_grad():
+            return sum(
+                float((other(**b)[0] - was).square().sum()) for b, was in zip(batches, before, strict=True)
+            )
+
+    was = copy.deepcopy(model.state_dict())
+    plan = search.automatic(model, find_stacks(model), 0.6, moved, lambda: measure(model, batches))
+    assert 2 in plan.stacks[0].drop
+    assert model.state_dict().keys() == was.keys()  # no gate is left behind
+    assert all(torch.equal(value, was[name]) for name, value in model.state_dict().items())
+
+
+def test_a_budget_out_of_reach_is_refused(setting):
+    model, batches, change = setting("bert")
+    with pytest.raises(PlanError, match="out of reach"):
+        search.automatic(model, find_stacks(model), 0.01, change, lambda: measure(model, batches))
+
+
+def test_drop_spreads_what_it_keeps(setting):
+    model, _, change = setting("bert")
+    plan = search.SEARCHED["drop"](model, find_stacks(model), 0.5, change, None)
+    assert plan.stacks[0].drop == (1, 2)

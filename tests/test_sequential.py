@@ -1,0 +1,198 @@
+"""Sequential calibration: least squares against a solver, statistics against plain sums, and it pays."""
+
+import pytest
+import torch
+
+from laws import SHARED, output, plan_for, same
+from layershare import make_plan, share, verify
+from layershare.errors import DataError, PlanError
+from layershare.plan import Group, SharingPlan, StackPlan
+from layershare.sharing import sequential
+from layershare.sharing.sequential import adapted
+from layershare.sharing.statistics import Paired, collect, collect_pairs, order_of_calls
+from layershare.stacks import find_stacks
+
+
+def samples(seed: int, count: int = 200, size: int = 6) -> torch.Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pair_of(x: torch.Tensor, y: torch.Tensor) -> Paired:
+    return Paired(y.T @ y / len(y), (x - y).T @ y / len(y))
+
+
+def texts(batch_for, kind, count=6):
+    """Enough batches that no map sees fewer tokens than it has inputs."""
+    batches = []
+    for shift in range(count):
+        one = dict(batch_for(kind))
+        for name, value in one.items():
+            one[name] = value.roll(shift, -1) if value.is_floating_point() else (value + 3 * shift) % 20 + 5
+        batches.append(one)
+    return batches
+
+
+def test_the_adapted_map_is_the_least_squares_solution():
+    x, y = samples(0), samples(0) + 0.3 * samples(1)
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    wanted = torch.linalg.lstsq(y, x @ weight.T).solution.T
+    torch.testing.assert_close(adapted(weight, pair_of(x, y), ridge=1e-12), wanted)
+
+
+def test_where_nothing_has_changed_the_map_stays():
+    x, weight = samples(0), samples(1, 4)
+    torch.testing.assert_close(adapted(weight, pair_of(x, x)), weight)
+
+
+def test_ridge_pulls_towards_the_original_weights():
+    x, y, weight = samples(0), samples(0) + 0.3 * samples(1), samples(2, 4)
+    steps = [float((adapted(weight, pair_of(x, y), r) - weight).norm()) for r in (1e-6, 1.0, 1e6)]
+    assert steps[0] > steps[1] > steps[2]
+    assert steps[2] < 1e-5
+
+
+def test_pairs_are_counted_over_what_both_models_see(tiny, batch_for):
+    original, other = tiny("bert"), tiny("bert", seed=3)
+    module, mask = "encoder.layer.1.intermediate.dense", torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    batch = batch_for("bert") | {"attention_mask": mask}
+    seen = {}
+    for name, model in (("x", original), ("y", other)):
+        hook = model.get_submodule(module).register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0][mask.bool()])
+        )
+        output(model, batch)
+        hook.remove()
+    found = collect_pairs(original, other, {module: module}, [batch, batch])[module]
+    torch.testing.assert_close(found.gram, seen["y"].T @ seen["y"] / 10)
+    torch.testing.assert_close(found.shift, (seen["x"] - seen["y"]).T @ seen["y"] / 10)
+    torch.testing.assert_close(found.gram, collect(other, [module], [batch])[module])
+
+
+def test_order_of_calls_puts_together_what_sees_one_tensor(tiny, batch_for):
+    model = tiny("llama")
+    leaves = ["mlp.down_proj", "self_attn.v_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.q_proj"]
+    names = [f"model.layers.{i}.{leaf}" for i in (1, 0) for leaf in leaves]
+    steps = order_of_calls(model, names, [batch_for("llama")])
+    wanted = [
+        {"self_attn.v_proj", "self_attn.q_proj"},
+        {"self_attn.o_proj"},
+        {"mlp.up_proj"},
+        {"mlp.down_proj"},
+    ]
+    assert [set(step) for step in steps] == [
+        {f"model.layers.{layer}.{leaf}" for leaf in leaves} for layer in (0, 1) for leaves in wanted
+    ]
+
+
+def test_a_module_that_is_never_called_is_an_error(tiny, batch_for):
+    model = tiny("bert")
+    model.add_module("idle", torch.nn.Linear(2, 2))
+    with pytest.raises(DataError, match="never reaches idle"):
+        order_of_calls(model, ["idle"], [batch_for("bert")])
+    with pytest.raises(DataError, match="has no batch"):
+        collect_pairs(model, model, {"pooler.dense": "pooler.dense"}, [])
+    with pytest.raises(DataError, match="has no batch"):
+        share(model, make_plan(model, "basis", rank=4), calibration=[], sequential=True)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_plan_is_shared_in_order_and_keeps_its_ties(kind, name, tiny, batch_for):
+    model = tiny(kind)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = plan_for(model, name)
+    student = share(model, plan, calibration=texts(batch_for, kind, 2), sequential=True)
+    verify(student, plan)
+    assert output(student, batch_for(kind)).isfinite().all()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_layers_that_are_equal_already_are_shared_without_loss(kind, tiny, batch_for):
+    model = tiny(kind)
+    for stack in find_stacks(model):
+        layers = model.get_submodule(stack.name)
+        # T5's first layer alone has a position bias: only what both have.
+        layers[1].load_state_dict(layers[0].state_dict(), strict=False)
+    groups = (Group(positions=(0, 1), merge="regmean", rank=2),)
+    plan = SharingPlan(
+        stacks=tuple(StackPlan(name=s.name, length=s.length, groups=groups) for s in find_stacks(model))
+    )
+    student = share(model, plan, calibration=texts(batch_for, kind), sequential=True)
+    torch.testing.assert_close(
+        output(student, batch_for(kind)), output(model, batch_for(kind)), atol=1e-3, rtol=1e-3
+    )
+
+
+def alone(model):
+    """Every position factorised by itself."""
+    groups = tuple(Group(positions=(i,), method="basis", rank=4) for i in range(4))
+    return SharingPlan(stacks=(StackPlan(name=find_stacks(model)[0].name, length=4, groups=groups),))
+
+
+PLANS = {
+    "basis": lambda model: make_plan(model, "basis", rank=8),
+    "relaxed": lambda model: make_plan(model, "adjacent", unique=2, merge="regmean", rank=4),
+    "alone": alone,
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_errors_pile_up_less(name, tiny, batch_for):
+    """On the texts it was fitted on, and with weights large enough for errors to matter."""
+    model = tiny("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1)
+    plan, batches = PLANS[name](model), texts(batch_for, "llama", 12)
+    errors = {}
+    for way in (False, True):
+        student = share(model, plan, calibration=batches, sequential=way)
+        errors[way] = sum(float((output(student, b) - output(model, b)).square().mean()) for b in batches)
+    assert errors[True] < 0.97 * errors[False]
+
+
+def test_without_private_factors_to_fit_again_the_shared_ones_stay(tiny, batch_for, monkeypatch):
+    """What a group shares is fitted once, when its first position is reached."""
+    model, calls = tiny("bert"), []
+    solve_one = sequential.solve_one
+    monkeypatch.setattr(
+        sequential, "solve_one", lambda job, *rest: calls.append(job.names) or solve_one(job, *rest)
+    )
+    share(model, make_plan(model, "basis", rank=4), calibration=texts(batch_for, "bert", 2), sequential=True)
+    assert len(calls) == len(set(calls)) == 12
+
+
+def test_same_batches_same_bits(tiny, batch_for):
+    model = tiny("gpt2")
+    plan = make_plan(model, "basis", rank=4)
+    one, two = (
+        share(model, plan, calibration=texts(batch_for, "gpt2", 2), sequential=True) for _ in range(2)
+    )
+    assert same(one, two)
+
+
+def test_without_calibration_it_is_refused(tiny):
+    model = tiny("bert")
+    with pytest.raises(PlanError, match="calibration"):
+        share(model, make_plan(model, "basis", rank=4), sequential=True)
+
+
+def test_a_position_that_borrows_from_outside_the_group_gets_those_weights(tiny):
+    model = tiny("bert")
+    exact = [layer.output.dense.weight.clone() for layer in model.encoder.layer]
+    groups = (
+        Group(positions=(0, 1), merge="pick", source=2),
+        Group(positions=(2, 3), merge="pick", source=0),
+    )
+    plan = SharingPlan(stacks=(StackPlan(name="encoder.layer", length=4, groups=groups),))
+    layers = share(model, plan).encoder.layer
+    assert torch.equal(layers[1].output.dense.weight, exact[2])
+    assert torch.equal(layers[3].output.dense.weight, exact[0])
+
+
+def test_stepwise_takes_evenly_spaced_layers(tiny):
+    model = tiny("bert")
+    exact = [layer.output.dense.weight.clone() for layer in model.encoder.layer]
+    layers = share(model, make_plan(model, "cycle", unique=2, merge="stepwise")).encoder.layer
+    assert [torch.equal(layers[i].output.dense.weight, exact[j]) for i, j in enumerate((0, 3, 0, 3))] == [
+        True
+    ] * 4
