@@ -194,15 +194,15 @@ def test_a_model_without_tokens_has_no_table(tiny):
         main_table(tiny("vit"))
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_table_and_layers_are_shared_together(sequential, tiny, batch_for):
+@pytest.mark.parametrize("fit", ["inputs", "answer", "sequential"])
+def test_a_table_and_layers_are_shared_together(fit, tiny, batch_for):
     model, batch = tiny("llama", tie_word_embeddings=True), batch_for("llama")
     plan = make_plan(model, "basis", rank=3).model_copy(
         update={"tables": (Table(name=main_table(model), rank=9),)}
     )
     assert SharingPlan.from_toml(plan.to_toml()) == plan
     assert "factors of rank 9" in str(plan)
-    student = share(model, plan, calibration=[batch], sequential=sequential)
+    student = share(model, plan, calibration=[batch], fit=fit)
     assert verify(student, plan).counts.bytes_unique == model_bytes(model, plan)[1]
     assert len(layout_of(student, plan).tables) == 1
 

@@ -92,7 +92,7 @@ def test_a_module_that_is_never_called_is_an_error(tiny, batch_for):
     with pytest.raises(DataError, match="has no batch"):
         collect_pairs(model, model, {"pooler.dense": "pooler.dense"}, [])
     with pytest.raises(DataError, match="has no batch"):
-        share(model, make_plan(model, "basis", rank=4), calibration=[], sequential=True)
+        share(model, make_plan(model, "basis", rank=4), calibration=[], fit="sequential")
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -100,7 +100,7 @@ def test_every_plan_is_shared_in_order_and_keeps_its_ties(kind, name, tiny, batc
     model = tiny(kind)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plan = plan_for(model, name)
-    student = share(model, plan, calibration=texts(batch_for, kind, 2), sequential=True)
+    student = share(model, plan, calibration=texts(batch_for, kind, 2), fit="sequential")
     verify(student, plan)
     assert output(student, batch_for(kind)).isfinite().all()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -116,7 +116,7 @@ def test_layers_that_are_equal_already_are_shared_without_loss(kind, tiny, batch
     plan = SharingPlan(
         stacks=tuple(StackPlan(name=s.name, length=s.length, groups=groups) for s in find_stacks(model))
     )
-    student = share(model, plan, calibration=texts(batch_for, kind), sequential=True)
+    student = share(model, plan, calibration=texts(batch_for, kind), fit="sequential")
     torch.testing.assert_close(
         output(student, batch_for(kind)), output(model, batch_for(kind)), atol=1e-3, rtol=1e-3
     )
@@ -144,10 +144,10 @@ def test_errors_pile_up_less(name, tiny, batch_for):
             parameter.mul_(8 if parameter.dim() > 1 else 1)
     plan, batches = PLANS[name](model), texts(batch_for, "llama", 12)
     errors = {}
-    for way in (False, True):
-        student = share(model, plan, calibration=batches, sequential=way)
+    for way in ("inputs", "sequential"):
+        student = share(model, plan, calibration=batches, fit=way)
         errors[way] = sum(float((output(student, b) - output(model, b)).square().mean()) for b in batches)
-    assert errors[True] < 0.97 * errors[False]
+    assert errors["sequential"] < 0.97 * errors["inputs"]
 
 
 def test_without_private_factors_to_fit_again_the_shared_ones_stay(tiny, batch_for, monkeypatch):
@@ -157,7 +157,7 @@ def test_without_private_factors_to_fit_again_the_shared_ones_stay(tiny, batch_f
     monkeypatch.setattr(
         sequential, "solve_one", lambda job, *rest: calls.append(job.names) or solve_one(job, *rest)
     )
-    share(model, make_plan(model, "basis", rank=4), calibration=texts(batch_for, "bert", 2), sequential=True)
+    share(model, make_plan(model, "basis", rank=4), calibration=texts(batch_for, "bert", 2), fit="sequential")
     assert len(calls) == len(set(calls)) == 12
 
 
@@ -165,7 +165,7 @@ def test_same_batches_same_bits(tiny, batch_for):
     model = tiny("gpt2")
     plan = make_plan(model, "basis", rank=4)
     one, two = (
-        share(model, plan, calibration=texts(batch_for, "gpt2", 2), sequential=True) for _ in range(2)
+        share(model, plan, calibration=texts(batch_for, "gpt2", 2), fit="sequential") for _ in range(2)
     )
     assert same(one, two)
 
@@ -173,7 +173,7 @@ def test_same_batches_same_bits(tiny, batch_for):
 def test_without_calibration_it_is_refused(tiny):
     model = tiny("bert")
     with pytest.raises(PlanError, match="calibration"):
-        share(model, make_plan(model, "basis", rank=4), sequential=True)
+        share(model, make_plan(model, "basis", rank=4), fit="sequential")
 
 
 def test_a_position_that_borrows_from_outside_the_group_gets_those_weights(tiny):

@@ -71,8 +71,11 @@ Calibration = Annotated[Path | None, typer.Option(help="Texts to fit the shared 
 Stream = Annotated[
     bool, typer.Option("--stream", help="From file to file, for a checkpoint larger than memory.")
 ]
-Sequential = Annotated[
-    bool, typer.Option("--sequential", help="Fit each map on the model shared so far: slower, loses less.")
+Fit = Annotated[
+    Literal["inputs", "answer", "sequential"],
+    typer.Option(
+        help="What factors are fitted to: each map's inputs, the model's answer, or the model shared so far."
+    ),
 ]
 MaybeTask = Annotated[str | None, typer.Option("--task", help="How to read the calibration file.")]
 PruneWhat = Annotated[str, typer.Option("--what", help="positions, heads, neurons or weights.")]

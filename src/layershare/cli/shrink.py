@@ -34,7 +34,7 @@ def share(
     model: opt.Model, *, out: opt.Out, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
     unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
     stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0,
-    calibration: opt.Calibration = None, task: opt.MaybeTask = None, sequential: opt.Sequential = False,
+    calibration: opt.Calibration = None, task: opt.MaybeTask = None, fit: opt.Fit = "inputs",
     stream: opt.Stream = False,
 ) -> Shown:  # fmt: skip
     """Share a model by a plan or a preset. Saves it as it is, without healing."""
@@ -43,7 +43,7 @@ def share(
     student = share_folder(
         model, out, plan=plan, calibration=[] if calibration is None else [calibration], task=task, preset=preset,
         unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank, stream=stream,
-        sequential=sequential,
+        fit=fit,
     )  # fmt: skip
     return account(student, out)
 

@@ -23,6 +23,7 @@ from layershare.plan import Merge
 from layershare.pretrain import PretrainConfig, pretrain
 from layershare.prune.config import PruneConfig
 from layershare.prune.folder import prune_folder
+from layershare.sharing.convert import Fit
 from layershare.sharing.folder import from_the_start, share_folder
 from layershare.store.open import new_folder
 from layershare.tasks import Task, get_task
@@ -138,6 +139,7 @@ class ShareStage(Stage):
     merge: Merge = "mean"
     rank: int = 0
     calibrate: bool = Field(False, description="Fit the shared tensors on training texts.")
+    fit: Fit = Field("inputs", description="What they are fitted to, see layershare.share; needs calibrate.")
 
     def options(self) -> dict[str, Any]:
         """For :func:`layershare.sharing.folder.plan_for`."""
@@ -149,7 +151,7 @@ class ShareStage(Stage):
             given = self.source(data)
             reading = given.reading() | {"seed": seed}
             texts = {"calibration": given.paths, "task": given.kind, "reading": reading}
-        share_folder(models["model"], out, plan=self.plan, **texts, **self.options())
+        share_folder(models["model"], out, plan=self.plan, fit=self.fit, **texts, **self.options())
 
 
 class DistillStage(Stage, DistillConfig):

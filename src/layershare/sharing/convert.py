@@ -20,12 +20,12 @@ from layershare.sharing.statistics import collect
 from layershare.sharing.tie import fill, install, layout_of, tie, undo, verify
 from layershare.stacks import find_stacks
 
-Fit = Literal["inputs", "answer"]
+Fit = Literal["inputs", "answer", "sequential"]
 
 
 def share(
     model: PreTrainedModel, plan: SharingPlan, *,
-    calibration: Iterable[Mapping[str, Any]] | Moments | None = None, fit: Fit = "inputs", sequential: bool = False,
+    calibration: Iterable[Mapping[str, Any]] | Moments | None = None, fit: Fit = "inputs",
 ) -> PreTrainedModel:  # fmt: skip
     """A new model that shares parameters as ``plan`` says; ``model`` is untouched.
 
@@ -34,22 +34,20 @@ def share(
     ``fit="answer"``: factors are fitted to the model's answer instead of to each map's own output, which costs a
     backward pass over the batches and loses much less (:mod:`~layershare.sharing.sensitivity`). ``calibration`` may
     also be the :class:`~layershare.sharing.moments.Moments` measured before; these say by themselves what to fit.
-    ``sequential``: fit each map on the activations of the model compressed so far, with the original's outputs as
-    targets (:mod:`~layershare.sharing.sequential`); slower, since both models run once for each step.
+    ``fit="sequential"``: each map is fitted on the activations of the model compressed so far, with the original's
+    outputs as targets (:mod:`~layershare.sharing.sequential`); slower, since both models run once for each step.
     Raises :class:`~layershare.errors.PlanError` if the plan does not fit, or needs a calibration that is not given.
     """
-    if sequential and (calibration is None or isinstance(calibration, Moments) or fit != "inputs"):
-        raise PlanError(
-            "sequential sharing fits each map on activations.", "Give calibration batches, and fit='inputs'."
-        )
+    if fit != "inputs" and (calibration is None or isinstance(calibration, Moments)):
+        raise PlanError(f"fit = {fit!r} needs activations.", "Give calibration batches.")
     student, layout = begin(model, plan, calibrated=calibration is not None)
     known = calibration if isinstance(calibration, Moments) else None
     batches = [] if calibration is None or known else list(calibration)
     counts = {job.modules[0]: count_tokens(model, job, batches) for job in layout.tables if batches}
     wanted = [module for job in layout.jobs if job.uses_activations for module in job.modules]
-    if sequential and wanted:
+    if fit == "sequential" and wanted:
         values = solve_in_order(student, model, layout, in_original(model, plan), batches, counts)
-        finish(student, layout, plan, whitened=True, sequential=True, texts=_texts(batches))
+        finish(student, layout, plan, whitened=True, fit=fit, texts=_texts(batches))
         fill(student, values)
         return student
     moments = Moments()

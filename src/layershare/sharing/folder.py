@@ -9,6 +9,7 @@ from layershare.measure.brief import brief, result_of
 from layershare.plan import SharingPlan
 from layershare.presets import FIXED
 from layershare.sharing import make_plan, share
+from layershare.sharing.convert import Fit
 from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
@@ -32,7 +33,7 @@ def share_folder(
     task: str | Task | None = None,
     reading: Mapping[str, Any] | None = None,
     stream: bool = False,
-    sequential: bool = False,
+    fit: Fit = "inputs",
     **options: Any,
 ) -> Any:
     """Share ``model`` and save it as ``out`` with its tokenizer, plan and a Result of the sizes, without healing.
@@ -42,13 +43,13 @@ def share_folder(
     plan: a plan file; else ``options`` for :func:`layershare.make_plan`. calibration: files to fit the shared tensors
     on, read as ``task`` does, with ``reading`` as its arguments (default: every row counts). stream: from file to file,
     for checkpoints larger than memory; the same files come out, and the student returned has names and shapes alone.
-    sequential: see :func:`layershare.share`.
+    fit: see :func:`layershare.share`.
     Raises OptionError, PlanError, ModelError, DataError, and StoreError if there is something in ``out``.
     """
     if calibration and task is None:
         raise OptionError("--calibration needs --task, which says how the file is read.")
-    if sequential and not calibration:
-        raise OptionError("--sequential needs --calibration, texts to fit on.")
+    if fit != "inputs" and not calibration:
+        raise OptionError(f"--fit {fit} needs --calibration, texts to fit on.")
     if calibration and stream:
         raise OptionError("--stream cannot run the model on a calibration file.", "Leave out one of the two.")
     with new_folder(out) as folder:
@@ -65,7 +66,7 @@ def share_folder(
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:
-            student = share(original, made, calibration=batches, sequential=sequential)
+            student = share(original, made, calibration=batches, fit=fit)
             student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(model, folder)
         made.save(folder / "plan.toml")

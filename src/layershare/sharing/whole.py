@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from layershare.errors import ModelError, PlanError
 from layershare.plan import SharingPlan, Table
-from layershare.sharing.convert import share
+from layershare.sharing.convert import Fit, share
 from layershare.sharing.embedding import main_table, tables_of
 from layershare.sharing.layout import predict
 from layershare.sharing.tie import count
@@ -33,13 +33,13 @@ def whole_plan(
     change: Callable[[PreTrainedModel], float],
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
-    sequential: bool = False,
+    fit: Fit = "inputs",
 ) -> SharingPlan:
     """The plan for ``budget`` that changes the output least: each width of the table in turn, the layers get the rest.
 
     budget: of the whole model, a fraction below 1 or a number of bytes. make: a plan for the layers from a fraction of
     their parameters, as ``lambda b: make_plan(model, "basis", budget=b)``. change: how far a shared model's output is
-    from the original's. Each candidate is shared once, as ``calibration`` and ``sequential`` say, and not healed.
+    from the original's. Each candidate is shared once, as ``calibration`` and ``fit`` say, and not healed.
     Raises PlanError if nothing fits.
     """
     before, _ = model_bytes(model, SharingPlan())
@@ -48,7 +48,7 @@ def whole_plan(
     batches = None if calibration is None else list(calibration)
     for plan in _candidates(model, room, make):
         if model_bytes(model, plan)[1] <= room:
-            moved = change(share(model, plan, calibration=batches, sequential=sequential))
+            moved = change(share(model, plan, calibration=batches, fit=fit))
             if best is None or moved < best[0]:
                 best = moved, plan
     if best is None:
