@@ -71,7 +71,7 @@ class Job:
         )
         self.plan = layershare.make_plan(self.teacher, "drop", unique=3)
         self.student = layershare.share(self.teacher, self.plan)
-        self.pairs = layer_map(self.plan) or []
+        self.pairs = layer_map(self.plan, self.student) or []
 
     def quality(self, student: Any) -> float:
         return self.task.evaluate(student, self.tokenizer, self.judged)["spearman"]

@@ -115,7 +115,7 @@ def svd(job: Job, budget: float) -> Made:
     for per_mille in range(999, 0, -1):
         plan = SharingPlan(stacks=tuple(evenly(stack, per_mille / 1000) for stack in job.stacks))
         if layershare.predict(job.stacks, plan).ratio <= budget:
-            return Made(layershare.share(job.teacher, plan, calibration=job.moments.inputs_only()), plan)
+            return Made(layershare.share(job.teacher, plan, calibration=Moments(job.moments.inputs)), plan)
     raise SystemExit(f"nothing fits {budget}")
 
 
@@ -131,7 +131,7 @@ def evenly(stack: Any, density: float) -> StackPlan:
 
 def basis(job: Job, budget: float) -> Made:
     plan = layershare.make_plan(job.teacher, "basis", budget=budget)
-    return Made(layershare.share(job.teacher, plan, calibration=job.moments.inputs_only()), plan)
+    return Made(layershare.share(job.teacher, plan, calibration=Moments(job.moments.inputs)), plan)
 
 
 def tied(job: Job, budget: float) -> Made:
@@ -191,7 +191,9 @@ def main() -> None:
 
 def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     healed = (
-        {"steps": options.steps, "batch": options.batch_size} if options.table == "healed" else {"steps": 0}
+        {"steps": options.steps, "batch": options.batch_size, "tokens": LENGTH}
+        if options.table == "healed"
+        else {"steps": 0}
     )
     rows = (
         [json.loads(line) for line in options.results.read_text().splitlines()]
@@ -237,7 +239,7 @@ def heal(job: Job, made: Made, options: argparse.Namespace, seed: int) -> None:
     folder = options.results.parent / "healing"
     distill(
         made.model, job.teacher, job.tokenizer, job.task, job.data, config, folder,
-        layer_map=layer_map(made.plan), resume=False, quiet=True,
+        layer_map=layer_map(made.plan, made.model), resume=False, quiet=True,
     )  # fmt: skip
     made.model.eval()
 

@@ -1,6 +1,7 @@
 """Training adapters: the loss in closed form, exact resuming, and from folder to folder."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,6 +168,25 @@ def test_the_verb_trains_on_labels_and_saves_an_adapter_folder(tiny, tokenizer, 
     batch = {"input_ids": torch.tensor([[2, 6, 7, 3]])}
     with torch.no_grad():
         assert not torch.equal(loaded(**batch).logits, base(**batch).logits)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_labels_are_learnt_with_dropout_where_it_is_asked_for(tiny, tokenizer, labelled, tmp_path, dropout):
+    from layershare.adapt.labels import learn
+
+    kind, modes = get_task("text-classification"), []
+
+    def forward(model, batch, **options):
+        modes.append(model.model.training)
+        return kind.forward(model, batch, **options)
+
+    config = copy.deepcopy(tiny("bert").config)
+    config.label2id = {"bad": 0, "good": 1}
+    adapted = adapt(transformers.BertForSequenceClassification(config), AdaptConfig(method="lora"))
+    training = MatchConfig(steps=2, batch_size=4, dropout=dropout)
+    task = replace(kind, forward=forward)
+    learn(adapted, tokenizer, task, kind.read(labelled), training, tmp_path / "out", quiet=True)
+    assert set(modes) == {dropout}
 
 
 def test_a_task_without_labels_needs_a_teacher(bert_folder, pairs_file, tmp_path):

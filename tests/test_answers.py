@@ -79,6 +79,16 @@ def tagged(write):
 # ---- several labels
 
 
+def test_a_model_that_does_not_say_it_gives_several_labels_is_refused(several, tiny):
+    config = tiny("bert").config
+    data = TEXTS.read(several, columns={"labels": "kinds"})
+    config.label2id = {name: i for i, name in enumerate(data.labels)}
+    with pytest.raises(DataError, match=r"several labels a text.*set problem_type .* 'multi_label_class"):
+        TEXTS.check(data, config)
+    config.problem_type = "multi_label_classification"
+    TEXTS.check(data, config)
+
+
 def test_several_labels_are_questions_side_by_side(several, bert_folder, tmp_path):
     columns = {"labels": "kinds"}
     result = finetune(bert_folder, several, tmp_path / "out", columns=columns, config=SMALL, quiet=True)

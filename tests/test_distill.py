@@ -22,6 +22,7 @@ from layershare.heal.questions import questions
 from layershare.heal.relations import attention_maps, capture
 from layershare.heal.teacher import Target, Wanted, live
 from layershare.tasks import TASKS, get_task
+from layershare.tasks.calibration import first_batches
 from layershare.tasks.encoding import pad
 
 EMBEDDING: Any = TASKS["sentence-embedding"]
@@ -432,6 +433,47 @@ def test_left_out_spans_are_compared_along_the_decoder(tiny, tmp_path):
     assert before["perplexity"] > 0
 
 
+def test_left_out_spans_are_shared_matched_and_compared(tiny, tmp_path):
+    from layershare.adapt import AdaptConfig, MatchConfig, adapt, match
+    from layershare.measure.compare import compare
+    from layershare.pretrain.tokenizer import train_tokenizer
+    from layershare.sharing.folder import share_folder
+
+    file = tmp_path / "text.txt"
+    texts = [f"the cat sits on a {w} mat in the park" for w in ["red", "blue", "big"] * 24]
+    file.write_text("\n\n".join(texts))
+    words = train_tokenizer(texts, "byte-level BPE", 400, sentinels=True, length=64)
+    task, model = get_task("span-corruption"), tiny("t5", vocab_size=400, pad_token_id=words.pad_token_id)
+    model.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    out = tmp_path / "shared"
+    share_folder(
+        tmp_path / "model", out, calibration=[file], task=task, unique=2, preset="adjacent", merge="basis", rank=4
+    )  # fmt: skip
+    data = task.read(file)
+    folders = {"model": tmp_path / "model", "shared": out}
+    figures = compare(folders, task, data, batches=(1,), runs=2, seconds=0.05, memory=False, max_length=32)
+    assert all(one.flops_per_text and one.metrics["perplexity"] for one in figures)
+    assert len(first_batches(task, words, data, model.config)[0]["labels"][0]) > 2
+    pytest.importorskip("peft")
+    config = MatchConfig(steps=2, batch_size=2, max_length=32)
+    adapted = adapt(model, AdaptConfig(method="lora"))
+    large = tiny("t5", vocab_size=400, pad_token_id=words.pad_token_id, seed=1)
+    assert match(adapted, large, words, task, data, config, tmp_path, quiet=True)
+
+
+def test_calibration_keeps_to_the_positions_of_the_model(tiny, tokenizer, tmp_path):
+    file = tmp_path / "long.csv"
+    file.write_text("text,label\n" + "".join(f"{'the cat ' * 20}{w},{w}\n" for w in ["dog", "man"] * 200))
+    data, config = CLASSIFICATION.read(file), tiny("bert", max_position_embeddings=16).config
+    batches = first_batches(CLASSIFICATION, tokenizer, data, config, texts=40)
+    assert all(batch["input_ids"].shape[1] == 16 for batch in batches)
+    assert all("labels" not in batch for batch in batches)  # they need not be the model's
+    config.label2id = {"dog": 0, "man": 1}
+    told = first_batches(CLASSIFICATION, tokenizer, data, config, labels=True)
+    assert set(torch.cat([batch["labels"] for batch in told]).tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize("augment", [0.0, 0.3])
 def test_an_interrupted_distillation_ends_with_the_same_bits(
     tiny, tokenizer, data, tmp_path, augment, monkeypatch
@@ -460,6 +502,9 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(
         patch.setattr(module, "loss_terms", failing)
         with pytest.raises(StoppedError):
             distill(tiny("bert", **sizes), teacher, tokenizer, EMBEDDING, data, config, folder, quiet=True)
+    other = tiny("bert", num_hidden_layers=2, seed=2)
+    with pytest.raises(TrainingError, match="the teacher differs"):
+        distill(tiny("bert", **sizes), other, tokenizer, EMBEDDING, data, config, folder, quiet=True)
     distill(parts, teacher, tokenizer, EMBEDDING, data, config, folder, quiet=True)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in parts.state_dict().items())
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,22 @@ def test_a_resumed_run_remembers_the_best_and_its_patience(tmp_path):
     best, stopped, weight, _ = run_best(tmp_path, [], patience=3, history=history)
     assert (best.step, best.last, weight) == (20, 50, 20.0)
     assert stopped == 51  # nothing is judged any more
+
+
+def test_fewer_rows_are_chosen_on_but_all_are_judged(folder, labelled, tmp_path):
+    task, sizes = get_task("text-classification"), []
+
+    def evaluate(model, tokenizer, dataset, **options):
+        sizes.append(len(dataset))
+        return task.evaluate(model, tokenizer, dataset, **options)
+
+    config = CONFIG.model_copy(update={"steps": 4, "judge_every": 2, "judge_rows": 5})
+    finetune(
+        folder("bert"), labelled, tmp_path / "out", task=replace(task, evaluate=evaluate), config=config, quiet=True
+    )  # fmt: skip
+    held = len(task.read(labelled, seed=CONFIG.seed).test)
+    assert sizes[0] == sizes[-1] == held > 5
+    assert set(sizes[1:-1]) == {5}
 
 
 def test_no_patience_goes_on_to_the_end(tmp_path):

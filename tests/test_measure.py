@@ -282,3 +282,14 @@ def test_typical_texts_are_nearest_the_median_length():
     rows = [{"input_ids": [0] * length} for length in (9, 1, 5, 4, 6)]
     assert [len(row["input_ids"]) for row in typical(rows, 3)] == [5, 4, 6]
     assert [len(row["input_ids"]) for row in typical(rows[:1], 3)] == [9, 9, 9]
+
+
+def test_rows_that_are_not_judged_on_are_told():
+    from layershare.measure.brief import Judge
+
+    def notes(count):
+        data = Data(None, None, Dataset.from_dict({"text": ["a"] * count}), {}, {})
+        return Judge(get_task("sentence-embedding"), None, data, 8).notes
+
+    assert notes(512) == []
+    assert notes(1030) == ["Judged on 344 of 1,030 held-out rows, evenly spread; evaluate takes them all."]

@@ -9,7 +9,7 @@ import transformers
 
 from layershare import make_plan, share
 from layershare.errors import ModelError
-from layershare.tasks import get_task
+from layershare.tasks import get_task, pooling
 from layershare.tasks.sentence_embedding import embed
 
 EMBEDDING = get_task("sentence-embedding")
@@ -53,3 +53,19 @@ def test_tokens_are_pooled_as_the_folder_of_a_sentence_transformer_says(
         with torch.no_grad():
             states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
         assert torch.allclose(row, torch.nn.functional.normalize(by_hand(states), dim=-1), atol=1e-6)
+
+
+def test_a_folder_is_read_once_and_again_when_it_changed(bert_folder, tmp_path, monkeypatch):
+    folder, reads = shutil.copytree(bert_folder, tmp_path / "model"), []
+    local = pooling._local
+    monkeypatch.setattr(pooling, "_local", lambda file: (reads.append(file.name), local(file))[1])
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert [pooling.pooling_of(config) for _ in range(3)] == [pooling.mean] * 3
+    assert reads == ["modules.json"]
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    (folder / "modules.json").write_text('[{"path": "1_Pooling", "type": "x.Pooling"}]')
+    assert pooling.pooling_of(config) is pooling.first
+    shutil.rmtree(folder)
+    with pytest.raises(ModelError, match="model, from which the model was loaded, is gone"):
+        pooling.pooling_of(config)

@@ -7,7 +7,7 @@ from layershare import SharingPlan, make_plan, predict, share, verify
 from layershare.errors import PlanError
 from layershare.sharing.layout import resolve
 from layershare.sharing.lowrank import effective_rank
-from layershare.sharing.ranks import Unit, allocate, d_rank
+from layershare.sharing.ranks import Unit, d_rank, fill_budget
 from layershare.stacks import Weight, find_stacks
 
 
@@ -65,7 +65,7 @@ def test_slim_maps_are_not_stacked(tiny, batch_for):
 def test_a_budget_out_of_reach_is_named(tiny):
     (stack,) = find_stacks(tiny("bert"))
     with pytest.raises(PlanError, match=r"1\.0%"):
-        allocate(stack, 0.01, [Unit((0,), weight, 3.0) for weight in stack.layers[0] if weight.factorable])
+        fill_budget(stack, 0.01, [Unit((0,), weight, 3.0) for weight in stack.layers[0] if weight.factorable])
 
 
 def test_a_matrix_too_small_for_the_rank_of_a_basis_stays_private_with_a_note(tiny):

@@ -224,6 +224,8 @@ def test_a_stage_is_whole_wherever_it_is_killed(tmp_path):
     assert not stages.make(out, {"n": 1}, fill)
     with pytest.raises(StoreError, match="another n"):
         stages.make(out, {"n": 2}, fill)
+    with pytest.raises(StoreError, match="another n"):  # also where only the old one says something of it
+        stages.make(out, {}, fill)
     out.replace(tmp_path / "moved")  # killed between the two renames: the new one is whole beside the gap
     part = stages.part_of(out)
     part.mkdir()

@@ -236,6 +236,17 @@ def test_the_card_is_one_the_hub_can_read():
     assert "layershare" in data["tags"]
 
 
+@pytest.mark.parametrize(
+    ("task", "tag"),
+    [
+        ("token-classification", "token-classification"), ("translation", "translation"),
+        ("summarization", "summarization"), ("masked-lm", "fill-mask"), ("causal-lm", "text-generation"),
+    ],
+)  # fmt: skip
+def test_the_hub_is_told_what_the_model_is_for(task, tag):
+    assert f"\npipeline_tag: {tag}\n" in report.model_card(made(task=task))
+
+
 def test_the_card_shows_table_plan_and_data_but_no_local_path(tmp_path):
     result = made(source=str(tmp_path / "mine"))
     card = report.model_card(result)

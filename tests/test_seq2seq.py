@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layershare.adapt.folder import AdaptConfig, MatchConfig, adapt_folder
+from layershare.compress import _Job
 from layershare.errors import DataError, ModelError, OptionError
 from layershare.finetune import FinetuneConfig, finetune
 from layershare.heal.cache import TeacherOutputs
@@ -270,13 +271,20 @@ def test_settings_reach_generate(file, tokenizer, family, tiny):
         alone = model.eval().generate(ids, max_new_tokens=5)[0]
         model.train()
     assert write(max_new_tokens=5)[2] == tokenizer.decode(alone, skip_special_tokens=True).strip()
-    assert all(len(line.split()) <= 1 for line in write(max_new_tokens=1))
-    assert write(generation={"do_sample": True}) == write(generation={"do_sample": True})
+    short, long = write(max_new_tokens=1), write(max_new_tokens=5)
+    assert all(len(line.split()) <= 1 for line in short)
+    assert any(long)
+    sampled = write(generation={"do_sample": True})
+    assert sampled == write(generation={"do_sample": True}) != write()
+    assert any(sampled)
     assert model.training
     with pytest.raises(OptionError, match=r"unknown key 'num_beam'.*Did you mean 'num_beams'"):
         write(num_beam=2)
     with pytest.raises(OptionError, match=r"generation: unknown key 'lenght_penalty'.*length_penalty"):
         write(generation={"lenght_penalty": 2})
+    for many in ({"num_return_sequences": 2, "num_beams": 2}, {"return_dict_in_generate": True}):
+        with pytest.raises(OptionError, match=f"{next(iter(many))} is not for this task"):
+            write(generation=many)
 
 
 def test_a_prefix_is_put_before_every_text(file, tokenizer, family, tiny):
@@ -287,6 +295,21 @@ def test_a_prefix_is_put_before_every_text(file, tokenizer, family, tiny):
     the, big = tokenizer.convert_tokens_to_ids(["the", "big"])
     assert with_prefix[0]["input_ids"] == [2, the, big, *plain[0]["input_ids"][1:]]
     assert with_prefix[0]["labels"] == [*plain[0]["labels"][:1], 3]
+
+
+def test_a_run_with_other_settings_of_its_task_is_another_run(file, tokenizer, tiny, tmp_path):
+    folder = folder_of("t5", tiny, tokenizer, tmp_path)
+    tasks = [get_task("translation", settings) for settings in ({}, {"num_beams": 1}, {"prefix": "the "})]
+    runs = [_Job(folder, task, task.read(file), 1, 0, print).inputs({}) for task in tasks]
+    assert [run["setting of the task"] for run in runs] == [{}, {"num_beams": 1}, {"prefix": "the "}]
+
+
+def test_a_checkpoint_without_all_of_its_layers_is_not_trained(file, tokenizer, tiny, tmp_path):
+    folder = folder_of("t5", tiny, tokenizer, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 5}))
+    with pytest.raises(ModelError, match=r"lacks encoder\.block\.4"):
+        finetune(folder, file, tmp_path / "out", task="translation", quiet=True)
 
 
 def test_bleu_chrf_and_rouge_by_hand():

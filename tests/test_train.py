@@ -247,19 +247,26 @@ def test_starting_anew_forgets_the_checkpoints(tiny, dataset, collate, tmp_path)
     assert len(history) == 4
 
 
-@pytest.mark.parametrize("change", ["config", "data", "model"])
+@pytest.mark.parametrize("change", ["config", "data", "model", "labels", "teacher"])
 def test_checkpoints_of_another_run_are_refused(tiny, dataset, collate, tmp_path, change):
-    train(tiny("bert"), dataset, collate, to_one, CONFIG, tmp_path, quiet=True)
+    dataset = dataset.add_column("labels", [0] * len(dataset))
+    inputs = lambda rows: {name: v for name, v in collate(rows).items() if name != "labels"}  # noqa: E731
+    train(tiny("bert"), dataset, inputs, to_one, CONFIG, tmp_path, quiet=True, made_of={"teacher": "a"})
     config = CONFIG.model_copy(update={"learning_rate": 0.5}) if change == "config" else CONFIG
     rows = dataset.select(range(29)) if change == "data" else dataset
+    if change == "labels":
+        rows = dataset.remove_columns("labels").add_column("labels", [0] * 29 + [1])
     model = tiny("bert", seed=1 if change == "model" else 0)
+    teacher = {"teacher": "b" if change == "teacher" else "a"}
     message = {
+        "labels": "the labels differ",
+        "teacher": "the teacher differs",
         "config": "learning_rate was 0.01, now 0.5",
         "data": "the texts differ",
         "model": "the model to train",
     }
     with pytest.raises(TrainingError, match=f"of another run: {message[change]}.*resume=False"):
-        train(model, rows, collate, to_one, config, tmp_path, quiet=True)
+        train(model, rows, inputs, to_one, config, tmp_path, quiet=True, made_of=teacher)
 
 
 # ---- things that go wrong

@@ -36,11 +36,11 @@ from layershare.store.open import (
     new_folder,
     sketch,
 )
+from layershare.store.shards import SHARD_SIZE
 from layershare.tasks import Data, Outputs, Task, get_task
-from layershare.tasks.encoding import batches
+from layershare.tasks.calibration import first_batches
 
 BASELINES = ("drop",)
-CALIBRATION_TEXTS = 256
 
 
 def compress(
@@ -66,7 +66,7 @@ def compress(
     model: folder or hub name. data, test, validation: files, see :mod:`layershare.tasks`; without a test file a part of
     the data is held out, and no text is in two parts. budget: the most layer parameters to store, as a fraction of the
     original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, or ``auto``).
-    baseline: ``drop`` also makes a layer-dropped model of at most equal size, healed alike. steps: of healing, default
+    baseline: ``drop`` also makes a layer-dropped model, nearest in size and healed alike. steps: of healing, default
     those of :class:`~layershare.heal.config.DistillConfig`.
 
     Raises OptionError, DataError, ModelError, PlanError or StoreError before anything is written, and TrainingError
@@ -146,6 +146,7 @@ class _Job:
             "layershare": __version__,
             "model": stages.fingerprint(self.folder),
             "task": self.kind.name,
+            "setting of the task": dict(self.kind.settings),
             "data": self.data.describe(),
             "plan": wanted,
             "heal": self.config.model_dump(mode="json"),
@@ -167,22 +168,25 @@ class _Job:
     def _fill(self, wanted: dict[str, Any], folder: Path) -> tuple[dict[str, float], list[dict]]:
         seconds: dict[str, float] = {}
         tokenizer = load_tokenizer(self.folder)
-        batches = calibration(self.kind, tokenizer, self.data, self.config)
+        batches = first_batches(self.kind, tokenizer, self.data, self.teacher.config)
         with timed("plan", seconds):
             if not (saved := folder / "plan.toml").exists():
                 write_atomic(saved, self.plan(wanted, batches).to_toml())
             plan = SharingPlan.load(saved)
             self.say(f"\n{plan.picture()}\n")
         with timed("share", seconds):
-            known = self.moments(batches) if plan.uses_activations else None
-            student = share(self.teacher, plan, calibration=known)
+            if plan.tables:  # they count tokens, which moments do not tell
+                student = share(self.teacher, plan, calibration=batches, fit="answer")
+            else:
+                known = self.moments(batches) if plan.uses_activations else None
+                student = share(self.teacher, plan, calibration=known)
         with timed("heal", seconds):
             self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} texts")
             history = distill(
                 student, self.teacher, tokenizer, self.kind, self.data, self.config, folder,
                 layer_map=layer_map(plan, student),
             )  # fmt: skip
-        student.save_pretrained(folder)
+        student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(self.folder, folder)
         return seconds, history
 
@@ -218,15 +222,8 @@ def _answer(output: Outputs) -> tuple[Any, bool]:
         return output.embedding, False
     if output.logits.shape[-1] == 1 or (output.along is None and output.logits.ndim == 3):
         return output.logits.reshape(1, -1), False
-    return output.logits, True
-
-
-def calibration(kind: Task, tokenizer: Any, data: Data, config: DistillConfig) -> list[dict[str, Any]]:
-    """Batches of the first texts to train on, for the statistics that sharing needs."""
-    rows = kind.encode(tokenizer, data.train, config.max_length)
-    rows = rows.select(range(min(len(rows), CALIBRATION_TEXTS)))
-    texts = {name: rows[name] for name in kind.inputs if name in rows.column_names}
-    return [batch for _, batch in batches(tokenizer, texts, 32, kind.collate)]
+    mask = output.mask_of(output.along)
+    return (output.logits if mask is None else output.logits[mask.bool()]), True
 
 
 def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:

@@ -14,10 +14,10 @@ from transformers.models.auto import modeling_auto as auto
 from layershare.errors import DataError, ModelError, OptionError
 from layershare.heal.best import Best
 from layershare.heal.collator import Collator
-from layershare.measure.brief import brief, result_of, timed
+from layershare.measure.brief import brief, result_of, spread, timed
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import load_model, load_tokenizer, load_under_head, new_folder, sketch
+from layershare.store.open import load_tokenizer, load_under_head, new_folder, sketch
 from layershare.tasks import TASKS, Data, Task, get_task
 from layershare.tasks.encoding import usable_length
 from layershare.train import TrainConfig, train
@@ -41,7 +41,7 @@ class FinetuneConfig(TrainConfig):
         0, ge=0, description="Steps between judgements on the validation split; 0: twice an epoch."
     )
     judge_rows: int = Field(
-        0, ge=0, description="Judge on at most so many rows, evenly spread, where that takes long; 0: all."
+        0, ge=0, description="Choose on at most so many rows of the validation split, evenly spread; 0: all."
     )
     patience: int = Field(
         4, ge=0, description="Stop after so many judgements in a row without a better one; 0: never."
@@ -109,10 +109,10 @@ def finetune(
 
         metric = kind.metric_of(judged)
 
-        def judge(model: Any, dataset: Any = found.validation) -> dict[str, float]:
-            step = -(-len(dataset) // config.judge_rows) if config.judge_rows else 1
-            some = dataset.select(range(0, len(dataset), step)) if step > 1 else dataset
-            return kind.evaluate(model, tokenizer, some, max_length=length)
+        chosen_on = spread(found.validation, config.judge_rows)
+
+        def judge(model: Any, dataset: Any = chosen_on) -> dict[str, float]:
+            return kind.evaluate(model, tokenizer, dataset, max_length=length)
 
         with timed("judge before", seconds):
             before = brief("before", net, judge(net, judged))
@@ -154,7 +154,8 @@ def _model(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_head: 
     else:
         if new_head:
             raise OptionError(f"{kind.name} has no head of its own to replace.", "Leave out new_head.")
-        net = load_model(model, kind.auto_class).float()
+        torch.manual_seed(seed)  # a head that the checkpoint lacks is drawn
+        net = load_under_head(model, kind.auto_class).float()
         kind.check(data, net.config)
     most = net.get_input_embeddings().num_embeddings
     if (tokens := max(tokenizer.get_vocab().values()) + 1) > most:

@@ -13,13 +13,13 @@ TensorsOut = Annotated[
     Path | None, typer.Option("-o", "--out", help="Also write everything here, as .safetensors.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw the attention of every layer and head here, as .svg.")]
-Folder = Annotated[Path, typer.Argument(help="A folder that layershare wrote.")]
+Folder = Annotated[Path, typer.Argument(help="A model folder.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
 Task = Annotated[
     str,
     typer.Option(
         help="What the model is for: sentence-embedding, text-classification, token-classification, translation, "
-        "summarization, masked-lm or causal-lm."
+        "summarization, masked-lm, causal-lm or span-corruption."
     ),
 ]
 TaskSet = Annotated[
@@ -51,11 +51,17 @@ Budget = Annotated[
 MaybeBudget = Annotated[
     float | None, typer.Option(help="As a fraction of the layer parameters, instead of --unique.")
 ]
-Scheme = Annotated[str, typer.Option(help="How to share: auto, drop, gated, basis, or a preset by name.")]
+Scheme = Annotated[
+    str, typer.Option(help="How to share: auto, drop, gated, basis, geopair, or a preset by name.")
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan (.toml or .json) instead of a preset.")]
 PlanOut = Annotated[Path | None, typer.Option("-o", "--out", help="Save the plan here (.toml or .json).")]
 Preset = Annotated[
-    str, typer.Option(help="A published scheme: all, sequence, cycle, cycle_rev, middle_cycle, ...")
+    str,
+    typer.Option(
+        help="A published scheme: all, sequence, cycle, cycle_rev, middle_cycle, sandwich, adjacent; "
+        "or drop, gated, basis, geopair."
+    ),
 ]
 Unique = Annotated[int | None, typer.Option(help="Distinct layers per stack.")]
 Parts = Annotated[
@@ -66,7 +72,9 @@ Merge = Annotated[
     Literal["mean", "first", "last", "stepwise", "regmean"],
     typer.Option(help="How to make one tensor of several."),
 ]
-Rank = Annotated[int, typer.Option(help="Rank of a private correction per position.")]
+Rank = Annotated[
+    int, typer.Option(help="Rank of a private correction per position; of basis and geopair: of the basis.")
+]
 Calibration = Annotated[Path | None, typer.Option(help="Texts to fit the shared tensors on; needs --task.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="From file to file, for a checkpoint larger than memory.")
@@ -77,7 +85,9 @@ Fit = Annotated[
         help="What factors are fitted to: each map's inputs, the model's answer, or the model shared so far."
     ),
 ]
-MaybeTask = Annotated[str | None, typer.Option("--task", help="How to read the calibration file.")]
+MaybeTask = Annotated[
+    str | None, typer.Option("--task", help="What the model is for; how the texts are read.")
+]
 PruneWhat = Annotated[str, typer.Option("--what", help="positions, heads, neurons or weights.")]
 Amount = Annotated[
     float | None,
@@ -119,7 +129,8 @@ TeacherCache = Annotated[
     ),
 ]
 Baseline = Annotated[
-    str | None, typer.Option(help="Also make a baseline of equal bytes, healed alike: drop.")
+    str | None,
+    typer.Option(help="Also make a baseline, nearest in size in whole layers and healed alike: drop."),
 ]
 Steps = Annotated[
     int | None, typer.Option(help="Optimizer steps of healing; default: the task's own number.")

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from layershare.config import Config
 from layershare.errors import PlanError
+from layershare.result import write_atomic
 
 FORMAT_VERSION = 1
 Method = Literal["tie", "basis"]
@@ -157,7 +158,7 @@ class SharingPlan(Config):
     def uses_activations(self) -> bool:
         """Whether calibration would change what is shared."""
         groups = [group for stack in self.stacks for group in stack.groups]
-        return any(group.rank or group.merge == "regmean" for group in groups)
+        return bool(self.tables) or any(group.rank or group.merge == "regmean" for group in groups)
 
     def to_dict(self) -> dict:
         """Plain data, defaults left out so that the text stays readable."""
@@ -208,10 +209,8 @@ class SharingPlan(Config):
     def save(self, path: str | Path) -> None:
         """Write a ``.toml`` or ``.json`` plan, whole or not at all. Raises PlanError naming the file."""
         path = _file(path)
-        part = path.with_name(f"{path.name}.part")
         try:
-            part.write_text(self.to_json() if path.suffix == ".json" else self.to_toml(), encoding="utf-8")
-            part.replace(path)
+            write_atomic(path, self.to_json() if path.suffix == ".json" else self.to_toml())
         except OSError as error:
             raise PlanError(f"{path}: cannot be written ({error.strerror or error}).") from None
 

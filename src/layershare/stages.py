@@ -36,7 +36,10 @@ def make(
         if old["inputs"] == wanted:
             return False
         if not replace:
-            changed = next(name for name in wanted if old["inputs"].get(name) != wanted[name])
+            was = old["inputs"]
+            changed = next(
+                name for name in wanted | was if name not in was or was[name] != wanted.get(name, ...)
+            )
             raise StoreError(
                 f"{out} holds the result of a run with another {changed}.",
                 "Choose another folder, or --overwrite.",

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from layershare.config import Config
 from layershare.errors import OptionError, TrainingError
 from layershare.heal.callbacks import Ema, Guard, Progress, Terms, kept
-from layershare.heal.checkpoints import resume_point
+from layershare.heal.checkpoints import digest, resume_point
 from layershare.prune.masks import held
 
 ComputeLoss = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
@@ -72,12 +72,14 @@ def train(
     resume: bool = True,
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    made_of: Mapping[str, str] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, with checkpoints in ``out/checkpoints``, and leave it in eval mode.
 
     Args:
         model: a PreTrainedModel; checkpoints go through its ``save_pretrained``.
-        dataset: rows of token ids (``datasets.Dataset`` with ``input_ids``), of any lengths.
+        dataset: rows of token ids (``datasets.Dataset`` with ``input_ids``, and ``labels`` where there are any), of any
+            lengths.
         collator: rows -> batch, see :data:`Collator`.
         compute_loss: see :data:`ComputeLoss`.
         config: how to train.
@@ -86,6 +88,7 @@ def train(
         quiet: no progress on the terminal (standard error).
         callbacks: told of every step, for example to judge and stop. What they need to know after a resume must
             follow from the log history, which is part of a checkpoint.
+        made_of: name -> hash of what else decides the run, as the teacher; checkpoints of another are refused.
 
     Returns:
         One dict for each logged step: ``step``, ``loss``, each term of the loss by name, ``learning_rate``,
@@ -109,7 +112,10 @@ def train(
     order = length_grouped_order([len(row) for row in ids], config.batch_size, config.steps, config.seed)
     state = PartialState()
     with state.main_process_first():
-        checkpoint = resume_point(folder, model, ids, config.model_dump(mode="json"), resume)
+        told = dict(made_of or {})
+        if "labels" in getattr(dataset, "column_names", ()):
+            told["labels"] = digest(dataset["labels"])
+        checkpoint = resume_point(folder, model, ids, config.model_dump(mode="json"), resume, told)
     world = state.num_processes
     if config.batch_size % world:
         raise OptionError(f"batch_size {config.batch_size} cannot be shared out evenly to {world} processes.")

@@ -68,9 +68,7 @@ def adapt_folder(
             if large is not None:
                 history = match(adapted, large, tokenizer, kind, found, training, folder, resume=resume)
             else:
-                history = learn(
-                    adapted, tokenizer, kind, found, training, folder, max_length=training.max_length, resume=resume
-                )  # fmt: skip
+                history = learn(adapted, tokenizer, kind, found, training, folder, resume=resume)
         adapted.cpu()
         with timed("judge after", seconds):
             metrics = judge(adapted)
@@ -83,6 +81,7 @@ def adapt_folder(
             threads=torch.get_num_threads(),
             notes=[
                 *found.notes,
+                *judge.notes,
                 "The bytes are those of the adapter alone; it needs its base beside it.",
                 f"Adapter: {json.dumps(config.model_dump(mode='json'))}",
             ],

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from layershare.adapt.matching import MatchConfig
 from layershare.adapt.trainable import fit
 from layershare.errors import DataError, OptionError
 from layershare.tasks import Data, Task
 from layershare.tasks.encoding import usable_length
-from layershare.train import TrainConfig
 
 
 def learn(
@@ -17,10 +17,9 @@ def learn(
     tokenizer: Any,
     task: Task,
     data: Data,
-    config: TrainConfig,
+    config: MatchConfig,
     out: str | Path,
     *,
-    max_length: int = 128,
     resume: bool = True,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
@@ -32,14 +31,14 @@ def learn(
     check_labelled(task)
     if data.train is None:
         raise DataError("There is no training data.", "Give a file with texts and labels.")
-    length = usable_length(tokenizer, model.config, max_length)
+    length = usable_length(tokenizer, model.config, config.max_length)
     dataset = task.encode(tokenizer, data.train, length, model.config)
 
     def batch_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return task.collate(tokenizer, rows)
 
     def compute_loss(wrapped: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        wrapped.train()
+        wrapped.train(config.dropout)
         outputs = task.forward(wrapped, {name: batch[name] for name in task.inputs if name in batch})
         return {"labels": task.loss(outputs, batch["labels"])}
 

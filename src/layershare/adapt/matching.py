@@ -9,17 +9,20 @@ from torch import Tensor, nn
 
 from layershare.adapt.trainable import fit
 from layershare.errors import DataError, ModelError
+from layershare.heal.cache import model_hash
 from layershare.heal.fit import check_words
 from layershare.tasks import Data, Task
-from layershare.tasks.encoding import usable_length
+from layershare.tasks.calibration import encode_inputs
 from layershare.train import TrainConfig
 
 
 class MatchConfig(TrainConfig):
-    """How to match outputs: the fields of :class:`~layershare.train.TrainConfig`, and how texts are cut."""
+    """How to match outputs, or learn labels: the fields of :class:`~layershare.train.TrainConfig`, and some more."""
 
     max_length: int = Field(128, ge=4, description="Longer training texts are cut to this many tokens.")
-    dropout: bool = Field(False, description="Whether the small model trains with its dropout.")
+    dropout: bool = Field(
+        False, description="Whether the small model, with its modules, trains with dropout."
+    )
 
 
 def output_matching(small: Tensor, large: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -57,7 +60,7 @@ def match(
     if data.train is None:
         raise DataError("There is no training data.", "Give a file with texts; labels are not needed.")
     check_words(model, large, tokenizer)
-    dataset = task.encode(tokenizer, data.train, usable_length(tokenizer, model.config, config.max_length))
+    dataset = encode_inputs(task, tokenizer, data.train, config.max_length, model.config)
     large.eval()
 
     def compute_loss(wrapped: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -77,7 +80,10 @@ def match(
     def batch_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return task.collate(tokenizer, rows)
 
-    return fit(model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet)
+    made_of = {"teacher": model_hash(large)}
+    return fit(
+        model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet, made_of=made_of
+    )
 
 
 def _answer(outputs: Any) -> Tensor:

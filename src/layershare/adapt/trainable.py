@@ -1,6 +1,6 @@
 """Training adapters with the one training entry: what it sees are the trainable parameters, and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,6 +54,9 @@ def fit(
     *,
     resume: bool = True,
     quiet: bool = False,
+    made_of: Mapping[str, str] | None = None,
 ) -> list[dict[str, float]]:
     """:func:`layershare.train.train` for a PeftModel: trains its adapters and head in place, exactly resumable."""
-    return train(Trainable(model), dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet)
+    return train(
+        Trainable(model), dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet, made_of=made_of
+    )  # fmt: skip

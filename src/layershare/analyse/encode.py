@@ -111,7 +111,8 @@ def encode(text: str, model: str | Path, *, max_length: int | None = None) -> En
     rows = [{name: column[0] for name, column in columns.items() if name != "token_type_ids"}]
     inputs = pad(tokenizer, rows)
     if net.config.is_encoder_decoder:
-        start = getattr(net.config, "decoder_start_token_id", None) or net.config.pad_token_id or 0
+        known = (getattr(net.config, "decoder_start_token_id", None), net.config.pad_token_id, 0)
+        start = next(token for token in known if token is not None)
         inputs["decoder_input_ids"] = torch.tensor([[start]])
     with torch.no_grad():
         out = base(**inputs, output_hidden_states=True, output_attentions=True)

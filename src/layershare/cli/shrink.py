@@ -38,6 +38,7 @@ def share(
     stream: opt.Stream = False,
 ) -> Shown:  # fmt: skip
     """Share a model by a plan or a preset. Saves it as it is, without healing."""
+    from layershare import plan_of
     from layershare.sharing.folder import share_folder
 
     student = share_folder(
@@ -45,6 +46,9 @@ def share(
         unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank, stream=stream,
         fit=fit,
     )  # fmt: skip
+    if plan_of(student) is None:  # positions were dropped, no more
+        text = f"An ordinary model, {student.num_parameters():,} parameters: nothing is tied.\nSaved in {out}"
+        return Shown(text, {"folder": str(out), "plan": None, "account": None})
     return account(student, out)
 
 

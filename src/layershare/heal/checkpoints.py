@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,23 @@ from layershare.heal.callbacks import Ema
 
 
 def resume_point(
-    folder: Path, model: nn.Module, ids: Sequence[Sequence[int]], config: Mapping[str, Any], resume: bool
+    folder: Path,
+    model: nn.Module,
+    ids: Sequence[Sequence[int]],
+    config: Mapping[str, Any],
+    resume: bool,
+    made_of: Mapping[str, str] | None = None,
 ) -> Path | None:
     """The checkpoint in ``folder`` to go on from, or None for a fresh start.
 
     Removes half-written checkpoints, and all of them when ``resume`` is False. ``run.json`` records what the
-    run is made of; checkpoints of another config, other token ids or another model raise TrainingError,
-    because mixing runs would give a model that no settings describe.
+    run is made of; checkpoints of another config, other token ids, another model, or another of what ``made_of``
+    names (name -> hash: labels, teacher) raise TrainingError, because mixing runs would give a model that no settings
+    describe.
     """
-    identity = {"config": dict(config), "data": _digest(ids), "model": _weights_summary(model)}
+    identity = {
+        "config": dict(config), "data": digest(ids), "model": _weights_summary(model), "made of": dict(made_of or {}),
+    }  # fmt: skip
     record = folder / "run.json"
     steps = sorted(
         (path for path in folder.glob("checkpoint-*") if _step(path).isdigit()),
@@ -83,6 +91,12 @@ def _differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if stored.get("data") != now["data"]:
         found.append("the texts differ")
+    was, made_of = stored.get("made of", {}), now["made of"]
+    found += [
+        f"the {name} differ{'' if name.endswith('s') else 's'}"
+        for name in sorted(was | made_of)
+        if was.get(name) != made_of.get(name)
+    ]
     old, new = stored.get("model", {}), now["model"]
     # Not to the last bit: the same model may have been made with another number of threads.
     if old.keys() != new.keys() or any(
@@ -96,8 +110,9 @@ def _weights_summary(model: nn.Module) -> dict[str, float]:
     return {name: float(p.detach().float().abs().mean()) for name, p in model.named_parameters()}
 
 
-def _digest(ids: Sequence[Sequence[int]]) -> str:
-    digest = hashlib.sha256()
-    for row in ids:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
+def digest(rows: Iterable[Any]) -> str:
+    """A hash of a column of token ids or labels."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode())
+    return found.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layershare.errors import OptionError
 from layershare.heal import losses
-from layershare.heal.cache import TeacherOutputs
+from layershare.heal.cache import TeacherOutputs, model_hash
 from layershare.heal.callbacks import tell
 from layershare.heal.collator import Collator
 from layershare.heal.config import DistillConfig, LossWeights
@@ -94,6 +94,7 @@ def distill(
     order = length_grouped_order([len(row) for row in ids], config.batch_size, config.steps, config.seed)
     ask = _asker(teacher, tokenizer, task, dataset, wanted, order, config, cache, quiet)
     last = student.config.num_hidden_layers - 1 if heads else None
+    made_of = {"teacher": model_hash(teacher)}
     with (
         _frozen_embeddings(student, not config.train_embeddings),
         projections(student, teacher, pairs, config.seed) as maps,
@@ -123,7 +124,9 @@ def distill(
                 terms["relation"] = weights["relation"] * torch.stack(each).mean()
             return terms
 
-        return train(student, dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet)
+        return train(
+            student, dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet, made_of=made_of
+        )  # fmt: skip
 
 
 def loss_terms(

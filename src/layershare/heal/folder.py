@@ -74,7 +74,7 @@ def heal_folder(
             [*figures, brief("distilled", model, metrics, folder), before],
             source=student, task=kind, metric=judge.metric, data=found.describe(),
             seed=config.seed, settings=config, plan=plan, history=history, seconds=seconds,
-            threads=torch.get_num_threads(), notes=found.notes,
+            threads=torch.get_num_threads(), notes=[*found.notes, *judge.notes],
         )  # fmt: skip
         result.save(folder / "result.json")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -113,9 +113,24 @@ class Judge:
     @property
     def rows(self) -> Any:
         """At most :data:`JUDGED` rows, evenly spread, of the test split, or else of the validation split."""
-        part = self.data.test if self.data.test is not None else self.data.validation
-        step = 1 if part is None else -(-len(part) // JUDGED)
-        return part if part is None or step < 2 else part.select(range(0, len(part), step))
+        return None if self._part is None else spread(self._part, JUDGED)
+
+    @property
+    def notes(self) -> list[str]:
+        """Says so where rows were left out."""
+        held, rows = len(self._part or ()), len(self.rows or ())
+        some = f"Judged on {rows:,} of {held:,} held-out rows, evenly spread; evaluate takes them all."
+        return [some] if rows < held else []
+
+    @property
+    def _part(self) -> Any:
+        return self.data.test if self.data.test is not None else self.data.validation
+
+
+def spread(rows: Any, most: int) -> Any:
+    """At most so many rows of a dataset, evenly spread; 0: all."""
+    step = -(-len(rows) // most) if most else 1
+    return rows.select(range(0, len(rows), step)) if step > 1 else rows
 
 
 @contextmanager

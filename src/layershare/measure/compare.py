@@ -11,7 +11,7 @@ from layershare.measure.machine import fixed_threads
 from layershare.measure.memory import peak_memory
 from layershare.measure.opening import base_of, bytes_with_base, open_measured, sparsity_of
 from layershare.result import Figures, Latency
-from layershare.tasks.encoding import usable_length
+from layershare.tasks.calibration import encode_inputs
 
 if TYPE_CHECKING:
     from layershare.tasks import Data, Task
@@ -74,10 +74,10 @@ def compare(
             )
 
         tokenizer = load_tokenizer(base_of(models[original]) or models[original])
-        length = usable_length(tokenizer, loaded[original].config, max_length)
         some = dataset.select(range(min(len(dataset), 1000)))
-        rows = typical(list(task.encode(tokenizer, some, length)), max(batches))
-        inputs = {size: task.collate(tokenizer, rows[:size]) for size in batches}
+        encoded = encode_inputs(task, tokenizer, some, max_length or 512, loaded[original].config)
+        rows = typical(list(encoded), max(batches))
+        inputs = {size: _inputs(task, task.collate(tokenizer, rows[:size])) for size in batches}
         speeds: dict[str, list[Latency]] = {label: [] for label in models}
         for size, batch in inputs.items():
             progress(f"time batch {size}")
@@ -128,6 +128,10 @@ def typical(rows: Sequence[Mapping[str, Any]], size: int) -> list[Mapping[str, A
     middle = len(by_length) // 2
     nearest = sorted(range(len(by_length)), key=lambda place: (abs(place - middle), place))
     return [by_length[nearest[number % len(nearest)]] for number in range(size)]
+
+
+def _inputs(task: "Task", batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: batch[name] for name in task.inputs if name in batch}
 
 
 def _forward(model: Any, batch: Mapping[str, Any]) -> Callable[[], None]:

@@ -4,16 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layershare.errors import DataError, OptionError
+from layershare.errors import OptionError
 from layershare.measure.brief import brief, result_of
 from layershare.prune.config import PruneConfig
 from layershare.prune.verb import Account, account, prune
 from layershare.sharing import plan_of
 from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
-from layershare.tasks import Data, Task, get_task
-from layershare.tasks.encoding import usable_length
-
-TEXTS = 256
+from layershare.tasks import Task, get_task
+from layershare.tasks.calibration import first_batches
 
 
 def prune_folder(
@@ -44,7 +42,7 @@ def prune_folder(
                 raise OptionError(f"importance {config.by!r} is measured on data.", "Give --task and --data.")
             found = kind.read(list(data), columns=columns, **(reading or {"split": (1.0, 0.0, 0.0)}))
             kind.check(found, original.config)
-            batches = batches_of(kind, load_tokenizer(model), found, original.config)
+            batches = first_batches(kind, load_tokenizer(model), found, original.config, labels=True)
         guide = load_model(teacher, kind.auto_class if kind else None) if teacher is not None else None
         pruned = prune(original, config, batches, teacher=guide)
         pruned.save_pretrained(folder)
@@ -56,14 +54,3 @@ def prune_folder(
             plan=plan_of(pruned), notes=str(cut).splitlines(),
         ).save(folder / "result.json")  # fmt: skip
     return cut
-
-
-def batches_of(
-    kind: Task, tokenizer: Any, data: Data, config: Any, texts: int = TEXTS, size: int = 32
-) -> list[dict[str, Any]]:
-    """Padded batches of the first ``texts`` rows to train on, in file order; with ``labels`` where the data has any."""
-    if data.train is None:
-        raise DataError("There is no text to measure importance on.")
-    some = data.train.select(range(min(len(data.train), texts)))
-    rows = list(kind.encode(tokenizer, some, usable_length(tokenizer, config, 128), config))
-    return [kind.collate(tokenizer, rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -19,12 +19,12 @@ from layershare.finetune import FinetuneConfig, finetune
 from layershare.heal.config import DistillConfig
 from layershare.heal.folder import heal_folder
 from layershare.measure.evaluate import evaluate
-from layershare.plan import Merge
 from layershare.pretrain import PretrainConfig, pretrain
 from layershare.prune.config import PruneConfig
 from layershare.prune.folder import prune_folder
 from layershare.sharing.convert import Fit
 from layershare.sharing.folder import from_the_start, share_folder
+from layershare.sharing.make import PlanMerge
 from layershare.store.open import new_folder
 from layershare.tasks import Task, get_task
 from layershare.train import TrainConfig
@@ -136,7 +136,7 @@ class ShareStage(Stage):
     budget: float | None = None
     parts: tuple[str, ...] | None = None
     stack: str | None = None
-    merge: Merge = "mean"
+    merge: PlanMerge = "mean"
     rank: int = 0
     calibrate: bool = Field(False, description="Fit the shared tensors on training texts.")
     fit: Fit = Field("inputs", description="What they are fitted to, see layershare.share; needs calibrate.")

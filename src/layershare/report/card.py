@@ -7,7 +7,15 @@ from pathlib import Path
 from layershare.result import Result
 from layershare.tasks import TASKS
 
-PIPELINE_TAGS = {"sentence-embedding": "sentence-similarity", "text-classification": "text-classification"}
+PIPELINE_TAGS = {
+    "sentence-embedding": "sentence-similarity",
+    "text-classification": "text-classification",
+    "token-classification": "token-classification",
+    "masked-lm": "fill-mask",
+    "causal-lm": "text-generation",
+    "translation": "translation",
+    "summarization": "summarization",
+}
 LIMITS = (
     "Quality was measured on the data named above and on nothing else.",
     "Licence, intended use and biases are those of the original model.",

@@ -39,7 +39,9 @@ def share(
     Raises :class:`~layershare.errors.PlanError` if the plan does not fit, or needs a calibration that is not given.
     """
     if fit != "inputs" and (calibration is None or isinstance(calibration, Moments)):
-        raise PlanError(f"fit = {fit!r} needs activations.", "Give calibration batches.")
+        raise PlanError(
+            f"fit = {fit!r} needs activations.", "Give calibration batches; Moments say it themselves."
+        )
     student, layout = begin(model, plan, calibrated=calibration is not None)
     known = calibration if isinstance(calibration, Moments) else None
     batches = [] if calibration is None or known else list(calibration)

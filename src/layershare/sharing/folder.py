@@ -22,6 +22,7 @@ from layershare.store.open import (
 from layershare.store.shards import SHARD_SIZE
 from layershare.store.stream import share_stream
 from layershare.tasks import Task, get_task
+from layershare.tasks.calibration import first_batches
 
 
 def share_folder(
@@ -57,12 +58,9 @@ def share_folder(
         made = plan_for(find_stacks(original), plan, **options)
         batches = None
         if calibration and task is not None:
-            from layershare.compress import calibration as batches_of  # seconds that others need not wait
-            from layershare.heal.config import DistillConfig
-
             kind = get_task(task)
             found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
-            batches = batches_of(kind, load_tokenizer(model), found, DistillConfig())
+            batches = first_batches(kind, load_tokenizer(model), found, original.config)
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:

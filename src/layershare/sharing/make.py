@@ -7,11 +7,11 @@ from torch import nn
 
 from layershare import presets
 from layershare.errors import PlanError, nearest
-from layershare.plan import Gate, Group, Merge, SharingPlan, StackPlan
+from layershare.plan import Gate, Group, SharingPlan, StackPlan
 from layershare.sharing.layout import factors, find, matches, predict
 from layershare.stacks import Stack, find_stacks
 
-Stepwise = Literal["stepwise"]
+PlanMerge = Literal["first", "last", "mean", "regmean", "stepwise"]
 # Shared bases, and how each is fitted.
 BASES: dict[str, Literal["svd", "geopair"]] = {"basis": "svd", "geopair": "geopair"}
 SCHEMES = (*presets.PRESETS, "drop", "gated", *BASES)
@@ -20,7 +20,7 @@ SCHEMES = (*presets.PRESETS, "drop", "gated", *BASES)
 def make_plan(
     model: nn.Module | Sequence[Stack], preset: str = "adjacent", *,
     unique: int | None = None, budget: float | None = None, parts: Sequence[str] | None = None,
-    stack: str | Sequence[str] | None = None, merge: Merge | Stepwise = "mean", rank: int = 0,
+    stack: str | Sequence[str] | None = None, merge: PlanMerge = "mean", rank: int = 0,
 ) -> SharingPlan:  # fmt: skip
     """A plan by name for ``model`` (or for its stacks).
 
@@ -72,7 +72,7 @@ def matrix_parts(stack: Stack) -> tuple[str, ...]:
 
 
 def _scheme(
-    preset: str, stack: Stack, parts: tuple[str, ...], merge: Merge | Stepwise, rank: int
+    preset: str, stack: Stack, parts: tuple[str, ...], merge: PlanMerge, rank: int
 ) -> Callable[[int], StackPlan]:
     """A function from the number to choose (unique layers; for ``basis`` the rank) to the stack's plan."""
     if preset == "drop":
@@ -136,8 +136,15 @@ def _within(
         )
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if _price(stack, make(choices[middle])) <= budget else (low, middle - 1)
+        low, high = (middle, high) if _fits(stack, make(choices[middle]), budget) else (low, middle - 1)
     return choices[low]
+
+
+def _fits(stack: Stack, plan: StackPlan, budget: float) -> bool:
+    try:
+        return _price(stack, plan) <= budget
+    except PlanError:  # a rank above what some matrix of the group allows
+        return False
 
 
 def _price(stack: Stack, plan: StackPlan) -> float:
@@ -145,7 +152,7 @@ def _price(stack: Stack, plan: StackPlan) -> float:
 
 
 def tied(
-    assignment: Sequence[int], parts: Sequence[str], merge: Merge | Stepwise = "mean", rank: int = 0
+    assignment: Sequence[int], parts: Sequence[str], merge: PlanMerge = "mean", rank: int = 0
 ) -> tuple[Group, ...]:
     """Groups of positions with the same unique layer; positions that are alone stay private."""
     groups = [_positions(assignment, unique) for unique in dict.fromkeys(assignment)]

@@ -16,10 +16,6 @@ class Moments(NamedTuple):
     slopes: Grams = {}  # noqa: RUF012
     """The moments of the answer's gradients, (out, out); empty: errors count at the map's own output."""
 
-    def inputs_only(self) -> "Moments":
-        """Without the slopes: the metric of SVD-LLM and Basis Sharing."""
-        return Moments(self.inputs)
-
 
 def measure(
     model: Any, batches: Iterable[Batch], *, modules: Sequence[str] | None = None,

@@ -40,7 +40,7 @@ class Unit:
         return wanted if saves and wanted < min(self.weight.shape) else 0
 
 
-def allocate(stack: Stack, budget: float, units: Sequence[Unit], drop: Sequence[int] = ()) -> StackPlan:
+def fill_budget(stack: Stack, budget: float, units: Sequence[Unit], drop: Sequence[int] = ()) -> StackPlan:
     """The plan with ranks c sqrt(R / w) that stores the most within ``budget`` (a fraction of the stack's parameters).
 
     Matrices that would need their full rank stay whole. Raises PlanError if the budget is out of reach.
@@ -71,7 +71,7 @@ def d_rank(
     grams = collect(model, sorted(name.rpartition(".")[0] for name in names), batches)
     runs = [kept[start : start + size] for start in range(0, len(kept), size)]
     units = [unit for run in runs for unit in _units(model, stack, run, grams)]
-    return allocate(stack, budget, units, drop)
+    return fill_budget(stack, budget, units, drop)
 
 
 @torch.no_grad()

@@ -78,23 +78,26 @@ def collect_pairs(
 def order_of_calls(model: nn.Module, modules: Sequence[str], batches: Sequence[Batch]) -> list[list[str]]:
     """The names of ``modules`` in the order in which ``model`` first calls them; those that see one tensor together.
 
-    One batch shows it. Raises DataError if a module is not called.
+    As many batches are run as it takes. Raises DataError if a module is not called.
     """
     calls: list[tuple[str, Tensor]] = []  # the tensors are kept, so that no two of them have one identity
+    steps: dict[int, list[str]] = {}
+    done: set[str] = set()
+    runs = 0
 
     def see(name: str, rows: Tensor) -> None:
         calls.append((name, rows))
-
-    with _evaluating(model):
-        for batch in batches[:1]:
-            _run(model, list(modules), batch, see, raw=True)
-    steps: dict[int, list[str]] = {}
-    done: set[str] = set()
-    for name, inputs in calls:
         if name not in done:
             done.add(name)
-            steps.setdefault(id(inputs), []).append(name)
-    _refuse_unseen(modules, dict.fromkeys(done, 1), len(batches[:1]))
+            steps.setdefault(id(rows), []).append(name)
+
+    with _evaluating(model):
+        for batch in batches:
+            runs += 1
+            _run(model, list(modules), batch, see, raw=True)
+            if done >= set(modules):
+                break
+    _refuse_unseen(modules, dict.fromkeys(done, 1), runs)
     return list(steps.values())
 
 

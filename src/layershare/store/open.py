@@ -87,7 +87,7 @@ def local_folder(model: str | Path) -> Path:
         return source
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken", "*.codes"]
     other = ["onnx/*", "openvino/*", "original/*"]
     return Path(
         _open(model, lambda name: snapshot_download(name, allow_patterns=wanted, ignore_patterns=other))
@@ -100,7 +100,7 @@ def copy_preprocessing(model: str | Path, folder: Path) -> None:
     # A model of plain tensors has no processor, and an image processor may need a library that is not there.
     with suppress(ModelError, ImportError):
         _open(model, transformers.AutoProcessor.from_pretrained).save_pretrained(folder)
-    source = Path(model).expanduser()
+    source = local_folder(model)
     if not (source / "modules.json").is_file():
         return
     for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):

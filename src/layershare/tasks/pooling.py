@@ -41,6 +41,9 @@ def largest(states: "Tensor", mask: "Tensor") -> "Tensor":
     return states.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(states.dtype).min).amax(1)
 
 
+LOOKED_AT = ("", "modules.json", "1_Pooling/config.json")
+"""Where these have not changed, a folder pools as it did."""
+
 Pooling = Callable[["Tensor", "Tensor"], "Tensor"]
 """(states [B, T, d], mask [B, T]) -> [B, d]"""
 
@@ -59,13 +62,33 @@ POOLINGS: dict[str, Pooling] = {
 def pooling_of(config: Any) -> Pooling:
     """The pooling of the model with this config, as the folder or hub name that it was loaded from says.
 
-    Raises ModelError for a pooling, or a module behind it, that is not computed here.
+    Raises ModelError for a pooling, or a module behind it, that is not computed here, and for a folder that is gone.
     """
     source = getattr(config, "_name_or_path", "")
     if not source:
         return mean
     folder = Path(source).expanduser()
-    return _read(source, lambda name: _local(folder / name)) if folder.is_dir() else _of_the_hub(source)
+    if folder.is_dir():
+        return _of_the_folder(source, *(_changed(folder / name) for name in LOOKED_AT))
+    if folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise ModelError(
+            f"{source}, from which the model was loaded, is gone, and with it how its tokens are pooled.",
+            "Put the folder back, or load the model from where it is now.",
+        )
+    return _of_the_hub(source)
+
+
+def _changed(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache
+def _of_the_folder(source: str, *changed: int) -> Pooling:  # noqa: ARG001 - when it changes, it is read again
+    folder = Path(source).expanduser()
+    return _read(source, lambda name: _local(folder / name))
 
 
 @lru_cache

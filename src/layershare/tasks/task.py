@@ -1,7 +1,7 @@
 """The shape of a task, of its data and of what a model gives back for it. No torch at import."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from layershare.tasks.encoding import INPUTS, pad, token_counts
@@ -205,6 +205,7 @@ class Task:
         head: Data -> the keys of a config for a new head that answers with the labels of the data; None where a model
             has no such head.
         configure: settings, as a task takes them -> the task with these settings; None for a task without any.
+        settings: those that differ from the defaults, JSON-ready; with the name they say which task it is.
     """
 
     name: str
@@ -227,3 +228,4 @@ class Task:
     learns: bool = False
     head: Callable[[Data], dict[str, Any]] | None = None
     configure: "Callable[[Mapping[str, Any]], Task] | None" = None
+    settings: Mapping[str, Any] = field(default_factory=dict)

@@ -161,6 +161,11 @@ def check(data: Data, config: Any) -> None:
             f"{own.replace('_', ' ')}.",
             "Say what the column holds: --column label=, labels= or score=NAME.",
         )
+    if answer == "labels" and own is None:
+        raise DataError(
+            f"The column {data.columns[answer]!r} has several labels a text; that the model gives several it does not say.",
+            f"If it was trained to, set problem_type in its config.json to {wanted!r}; else train a new head for them.",
+        )
     if answer == "score":
         if config.num_labels != 1:
             raise DataError(

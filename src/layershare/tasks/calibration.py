@@ -1,0 +1,49 @@
+"""What models are shown to see what they do: the first texts of the data, as batches."""
+
+from typing import TYPE_CHECKING, Any
+
+from layershare.errors import DataError
+from layershare.tasks.encoding import batches, usable_length
+from layershare.tasks.task import Data, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+TEXTS = 256
+LENGTH = 128
+
+
+def encode_inputs(task: Task, tokenizer: Any, dataset: "Dataset", max_length: int, config: Any) -> "Dataset":
+    """Rows of what a model with this config reads, cut at ``max_length`` tokens, or at fewer where it takes no more.
+
+    There are ``labels`` among them only where the model reads them, so those of the data need not be the model's.
+    """
+    length = usable_length(tokenizer, config, max_length)
+    return task.encode(tokenizer, dataset, length, config if "labels" in task.inputs else None)
+
+
+def first_batches(
+    task: Task,
+    tokenizer: Any,
+    data: Data,
+    config: Any,
+    *,
+    labels: bool = False,
+    texts: int = TEXTS,
+    size: int = 32,
+) -> "list[dict[str, Tensor]]":
+    """Padded batches of ``size`` of the first ``texts`` texts to train on, longest first, for a model with this config.
+
+    labels: also those of the data, where it has any. Raises DataError where there is no text.
+    """
+    if data.train is None:
+        raise DataError("There is no text to measure on.", "Give a file with some.")
+    some = data.train.select(range(min(len(data.train), texts)))
+    if labels:
+        rows = task.encode(tokenizer, some, usable_length(tokenizer, config, LENGTH), config)
+    else:
+        rows = encode_inputs(task, tokenizer, some, LENGTH, config)
+    rows = rows.select(range(min(len(rows), texts)))
+    columns = {name: rows[name] for name in rows.column_names}
+    return [batch for _, batch in batches(tokenizer, columns, size, task.collate)]
