@@ -9,6 +9,7 @@ from layershare.errors import ModelError, OptionError
 from layershare.measure import bench as module
 from layershare.measure.bench import Bench, Row, bench
 from layershare.measure.resident import resident_memory
+from layershare.measure.subject import Subject
 from layershare.report.bench_page import page, save
 from layershare.result import Latency
 
@@ -75,6 +76,22 @@ def test_the_verb_prints_json_and_refuses_what_is_no_model(bert_folder, tmp_path
         bench([tmp_path], **FAST)
     with pytest.raises(OptionError, match="twice"):
         bench([bert_folder, bert_folder], **FAST)
+
+
+def test_a_wrong_ending_is_refused_before_anything_is_measured(bert_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "bench", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", str(bert_folder), "--out", str(tmp_path / "b.png")]) == 2
+    assert "html" in capsys.readouterr().err
+
+
+def test_inputs_of_a_nested_config():
+    def ids(config):
+        return Subject("", "", config, frozenset(), print, None).inputs(2, 50)["input_ids"]
+
+    assert ids({"decoder": {"vocab_size": 40}, "encoder": {"vocab_size": 30}}).max() < 30
+    assert (ids({"vocab_size": 40}) == ids({"text_config": {"vocab_size": 40}})).all()
+    with pytest.raises(ModelError, match="vocab_size"):
+        ids({"width": 3})
 
 
 def test_resident_memory_grows_with_the_weights(tiny, tmp_path):

@@ -22,7 +22,7 @@ from layershare.heal.questions import questions
 from layershare.heal.relations import attention_maps, capture
 from layershare.heal.teacher import Target, Wanted, live
 from layershare.tasks import TASKS, get_task
-from layershare.tasks.calibration import first_batches
+from layershare.tasks.calibration import sample_batches
 from layershare.tasks.encoding import pad
 
 EMBEDDING: Any = TASKS["sentence-embedding"]
@@ -448,13 +448,13 @@ def test_left_out_spans_are_shared_matched_and_compared(tiny, tmp_path):
     words.save_pretrained(tmp_path / "model")
     out = tmp_path / "shared"
     share_folder(
-        tmp_path / "model", out, calibration=[file], task=task, unique=2, preset="adjacent", merge="basis", rank=4
+        tmp_path / "model", out, calibration=[file], task=task, unique=2, preset="adjacent", merge="regmean"
     )  # fmt: skip
     data = task.read(file)
     folders = {"model": tmp_path / "model", "shared": out}
     figures = compare(folders, task, data, batches=(1,), runs=2, seconds=0.05, memory=False, max_length=32)
     assert all(one.flops_per_text and one.metrics["perplexity"] for one in figures)
-    assert len(first_batches(task, words, data, model.config)[0]["labels"][0]) > 2
+    assert len(sample_batches(task, words, data, model.config)[0]["labels"][0]) > 2
     pytest.importorskip("peft")
     config = MatchConfig(steps=2, batch_size=2, max_length=32)
     adapted = adapt(model, AdaptConfig(method="lora"))
@@ -464,13 +464,14 @@ def test_left_out_spans_are_shared_matched_and_compared(tiny, tmp_path):
 
 def test_calibration_keeps_to_the_positions_of_the_model(tiny, tokenizer, tmp_path):
     file = tmp_path / "long.csv"
-    file.write_text("text,label\n" + "".join(f"{'the cat ' * 20}{w},{w}\n" for w in ["dog", "man"] * 200))
+    rows = [f"{'the cat ' * 20}{'a ' * number}{w},{w}" for number in range(100) for w in ("dog", "man")]
+    file.write_text("\n".join(["text,label", *rows]) + "\n")
     data, config = CLASSIFICATION.read(file), tiny("bert", max_position_embeddings=16).config
-    batches = first_batches(CLASSIFICATION, tokenizer, data, config, texts=40)
+    batches = sample_batches(CLASSIFICATION, tokenizer, data, config, texts=40)
     assert all(batch["input_ids"].shape[1] == 16 for batch in batches)
     assert all("labels" not in batch for batch in batches)  # they need not be the model's
     config.label2id = {"dog": 0, "man": 1}
-    told = first_batches(CLASSIFICATION, tokenizer, data, config, labels=True)
+    told = sample_batches(CLASSIFICATION, tokenizer, data, config, labels=True)
     assert set(torch.cat([batch["labels"] for batch in told]).tolist()) == {0, 1}
 
 

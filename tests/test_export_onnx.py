@@ -14,10 +14,13 @@ pytest.importorskip("onnxscript")
 import torch  # noqa: E402
 
 from layershare import make_plan, share  # noqa: E402
-from layershare.errors import OptionError, StoreError  # noqa: E402
+from layershare.errors import ModelError, OptionError, StoreError  # noqa: E402
 from layershare.export import export, graph  # noqa: E402
 from layershare.export.int8 import quantize, to_bytes  # noqa: E402
+from layershare.export.onnx import _manifest  # noqa: E402
 from layershare.onnx import Runner, load  # noqa: E402
+from layershare.onnx import runner as runner_of  # noqa: E402
+from layershare.tasks import pooling as pooling_of  # noqa: E402
 
 DRAW = np.random.default_rng(0)
 NARROW = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
@@ -61,25 +64,72 @@ def test_a_shared_encoder_is_stored_once_and_encodes_as_pytorch_does(folder, tok
     assert np.allclose(load(tmp_path / "out").encode(texts), mean.numpy(), atol=1e-5)
 
 
-def test_the_models_own_pooling_is_kept(tmp_path, monkeypatch):
-    runner = object.__new__(Runner)
-    states = DRAW.standard_normal((1, 3, 4)).astype(np.float32)
-    runner.folder, runner.kind = tmp_path, "encoder"
-    monkeypatch.setattr(Runner, "_require", lambda *_: None)
-    found = {"last_hidden_state": states}
-    monkeypatch.setattr(Runner, "_over", lambda *given: given[-1](found, np.ones((1, 3))))
+def test_poolings_are_those_of_torch_and_an_empty_text_is_a_number():
+    states = DRAW.standard_normal((3, 4, 5)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]], np.float32)
+    for name, pooling in runner_of.POOLINGS.items():
+        wanted = pooling_of.POOLINGS[name](torch.from_numpy(states), torch.from_numpy(mask)).numpy()
+        assert np.allclose(pooling(states, mask), wanted, atol=1e-6), name
+    assert set(pooling_of.POOLINGS.values()) == {pooling_of.POOLINGS[name] for name in runner_of.POOLINGS}
+    assert (runner_of.POOLINGS["mean"](states, 0 * mask) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "module", "wanted"),
+    [
+        ({"pooling_mode": ["mean"]}, "Normalize", "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "Normalize", "cls"),
+        ({"pooling_mode": "lasttoken"}, "Normalize", "lasttoken"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "Normalize", None),
+        ({"pooling_mode": "mean"}, "Dense", None),
+    ],
+)
+def test_the_manifest_says_the_models_own_pooling(said, module, wanted, tiny, tmp_path):
+    model = tiny("bert")
+    model.config._name_or_path = str(tmp_path)
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2", module)]
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": p, "type": f"x.{t}"} for p, t in modules]))
     (tmp_path / "1_Pooling").mkdir()
-    settings = tmp_path / "1_Pooling" / "config.json"
-    for said, wanted in (
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, states[:, 0]),
-        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, states.mean(1)),
-        ({"pooling_mode": "mean"}, states.mean(1)),
-    ):
-        settings.write_text(json.dumps(said))
-        assert np.allclose(runner.encode(["x"]), wanted / np.linalg.norm(wanted), atol=1e-6)
-    settings.write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(OptionError, match="mean or cls"):
-        runner.encode(["x"])
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    assert _manifest(model, None)["pooling"] == wanted
+
+
+def opened(folder, **said):
+    """A runner of a manifest without graphs."""
+    plain = dict(kind="encoder", eos=[], start=None, max_length=None, int8=False, pooling="mean", graphs={})
+    folder.mkdir(exist_ok=True)
+    (folder / runner_of.MANIFEST).write_text(json.dumps(plain | {"beyond_greedy": []} | said))
+    (folder / "config.json").write_text("{}")
+    return load(folder)
+
+
+def test_a_pooling_that_is_not_computed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Runner, "_require", lambda *_: None)
+    with pytest.raises(OptionError, match="does not compute"):
+        opened(tmp_path, pooling=None).encode(["x"])
+
+
+def test_the_start_token_and_what_greedy_search_does_not_follow(tiny, tmp_path):
+    model = tiny("t5")
+    model.config.decoder_start_token_id, model.generation_config.decoder_start_token_id = 3, 0
+    assert _manifest(model, None)["start"] == 0
+    model.generation_config.decoder_start_token_id = None
+    model.generation_config.forced_bos_token_id = 0
+    said = _manifest(model, None)
+    assert (said["start"], said["beyond_greedy"]) == (3, ["forced_bos_token_id"])
+    with pytest.raises(OptionError, match="forced_bos_token_id"):
+        opened(tmp_path, **said).generate(["x"])
+    model.config.decoder_start_token_id = None
+    with pytest.raises(ModelError, match="decoder_start_token_id"):
+        _manifest(model, None)
+
+
+@pytest.mark.parametrize("name", [runner_of.MANIFEST, "config.json"])
+def test_a_broken_file_is_named(name, tmp_path):
+    opened(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(StoreError, match=name):
+        load(tmp_path)
 
 
 def test_a_classifier_in_int8_has_every_product_quantised_and_names_its_labels(tokenizer, folder, tmp_path):
@@ -225,8 +275,11 @@ def test_tidy_stores_a_transposed_weight_and_a_tied_table_once(tied):
     assert np.allclose(run(model, ids=ids)[0], wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_quantize_keeps_sharing_and_comes_near(tied):
+@pytest.mark.parametrize("ids_come_again", [False, True])
+def test_quantize_keeps_sharing_and_comes_near(tied, ids_come_again, monkeypatch):
     model, ids, wanted, size = tied
+    if ids_come_again:  # as those of freed values may
+        monkeypatch.setattr("layershare.export.int8.id", lambda _: 0, raising=False)
     graph.tidy(model)
     quantize(model)
     found = list(graph.products(model))
@@ -267,6 +320,8 @@ def test_several_graphs_keep_a_common_weight_in_one_file_once(tmp_path):
         )
         for name in ("encoder", "decoder")
     }
+    assert graph.shared(models.values()) == 2
+    assert graph.shared([models["encoder"]]) == 0
     files = graph.save(models, tmp_path)
     assert (tmp_path / graph.DATA).stat().st_size == weight.nbytes
     x = DRAW.standard_normal((2, 32)).astype(np.float32)

@@ -38,7 +38,7 @@ from layershare.store.open import (
 )
 from layershare.store.shards import SHARD_SIZE
 from layershare.tasks import Data, Outputs, Task, get_task
-from layershare.tasks.calibration import first_batches
+from layershare.tasks.calibration import sample_batches
 
 BASELINES = ("drop",)
 
@@ -168,7 +168,7 @@ class _Job:
     def _fill(self, wanted: dict[str, Any], folder: Path) -> tuple[dict[str, float], list[dict]]:
         seconds: dict[str, float] = {}
         tokenizer = load_tokenizer(self.folder)
-        batches = first_batches(self.kind, tokenizer, self.data, self.teacher.config)
+        batches = sample_batches(self.kind, tokenizer, self.data, self.teacher.config)
         with timed("plan", seconds):
             if not (saved := folder / "plan.toml").exists():
                 write_atomic(saved, self.plan(wanted, batches).to_toml())

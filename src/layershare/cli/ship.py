@@ -20,8 +20,10 @@ def bench(
 ) -> Shown:  # fmt: skip
     """Measure models and exports side by side, in turns: size, memory, latency, throughput. No quality."""
     from layershare.measure.bench import bench
-    from layershare.report.bench_page import save
+    from layershare.report.bench_page import check, save
 
+    if out is not None:
+        check(out)  # before minutes of measuring
     made = bench(folders, tokens=tokens, new=new, batch=batch, threads=threads, progress=note)
     if out is not None:
         save(made, out)

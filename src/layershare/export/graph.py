@@ -5,6 +5,7 @@ when it loads the graph, into one copy a use. So weights are transposed here, on
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ def products(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
             right = node.inputs[1]
             if right is not None and id(right) in constant and size(right) >= MATRIX:
                 yield node, right
+
+
+def shared(models: Iterable[ir.Model]) -> int:
+    """Products whose weight serves others too, in any of these graphs that keep their weights together."""
+    rights = [right for model in models for _, right in products(model)]
+    keys = {right: _key(right.const_value) for right in set(rights) if right.const_value is not None}
+    return sum(n for n in Counter(keys[right] for right in rights).values() if n > 1)
 
 
 def size(value: ir.Value) -> int:

@@ -15,12 +15,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from layershare.export.graph import MATRIX, attribute, before, constant, replace, size, weights
 
 MICROSOFT = "com.microsoft"
+Levels = dict[ir.Value, list[ir.Value]]
+"""Of each activation its bytes, scale and zero. By the value itself: ids come again when values are freed."""
 
 
 def quantize(model: ir.Model) -> None:
     """Quantise all weights of at least ``MATRIX`` elements, in place."""
     model.opset_imports[MICROSOFT] = 1
-    activations: dict[int, list[ir.Value]] = {}
+    activations: Levels = {}
     for value in weights(model):
         tensor = value.const_value
         assert tensor is not None
@@ -44,7 +46,7 @@ def to_bytes(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(array / scale).astype(np.int8), scale
 
 
-def _columns(graph: ir.Graph, value: ir.Value, uses: list, activations: dict[int, list[ir.Value]]) -> None:
+def _columns(graph: ir.Graph, value: ir.Value, uses: list, activations: Levels) -> None:
     quantized, scale = to_bytes(_array(value), axis=1)
     right, scales = (
         constant(graph, f"{value.name}.int8", quantized),
@@ -60,14 +62,14 @@ def _columns(graph: ir.Graph, value: ir.Value, uses: list, activations: dict[int
             bias = node.inputs[2] if len(node.inputs) > 2 else None
         elif (found := _bias_after(node, quantized.shape[1])) is not None:
             end, bias = found
-        level, step, zero = activations.get(id(left)) or _levels(graph, left, activations)
+        level, step, zero = activations.get(left) or _levels(graph, left, activations)
         inputs = [level, right, step, scales, zero, None, bias]
         replace(end, before(end, "MatMulIntegerToFloat", inputs, MICROSOFT))
         if end is not node:
             graph.remove(node, safe=True)
 
 
-def _levels(graph: ir.Graph, left: ir.Value, activations: dict[int, list[ir.Value]]) -> list[ir.Value]:
+def _levels(graph: ir.Graph, left: ir.Value, activations: Levels) -> list[ir.Value]:
     """Bytes, scale and zero of an activation, computed once where it comes from."""
     made = ir.node("DynamicQuantizeLinear", [left], num_outputs=3)
     producer = left.producer()
@@ -75,8 +77,8 @@ def _levels(graph: ir.Graph, left: ir.Value, activations: dict[int, list[ir.Valu
         graph.insert_before(graph[0], made)
     else:
         graph.insert_after(producer, made)
-    activations[id(left)] = list(made.outputs)
-    return activations[id(left)]
+    activations[left] = list(made.outputs)
+    return activations[left]
 
 
 def _bias_after(node: ir.Node, width: int) -> tuple[ir.Node, ir.Value] | None:

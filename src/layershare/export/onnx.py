@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from layershare.sharing.carry import unmark
 from layershare.sharing.tie import count
 from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
 from layershare.tasks.encoding import usable_length
+from layershare.tasks.pooling import POOLINGS, pooling_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,6 +33,8 @@ SLACK = 1.02
 """Most bytes of initialisers, as a multiple of the model's unique bytes; small constants of the graph come on top."""
 TOLERANCE = 1e-3
 """Most difference of float outputs, relative to the largest output."""
+BEYOND_GREEDY = ("forced_bos_token_id", "bad_words_ids", "suppress_tokens")
+"""Settings of a generation config with which greedy search gives other tokens; the runner does not follow them."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
 
     ``int8``: weights, and the activations that meet them, as bytes (dynamic quantisation).
     Raises DependencyError without the packages of ``layershare[onnx]``, ModelError for a model that cannot be exported,
-    StoreError if there is something in ``out``, or where a weight was written twice, a product was not quantised or
-    outputs differ (nothing is left then).
+    StoreError if there is something in ``out``, or where a weight was written twice, a product was not quantised or,
+    without ``int8``, outputs differ (nothing is left then). With ``int8`` they do: by how much is in what is returned.
     """
     _require()
     from layershare.export import graph
@@ -88,6 +90,7 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
         tokenizer = None
         with contextlib.suppress(ModelError):
             tokenizer = load_tokenizer(folder)
+        said = _manifest(model, tokenizer)
         names = tokenizer.model_input_names if tokenizer is not None else ("attention_mask",)
         graphs = {program.name: trace(program) for program in programs(model, names)}
         for made in graphs.values():
@@ -97,15 +100,13 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
         if int8:
             for made in graphs.values():
                 quantize(made)
-        products = [
-            (node.op_type, id(right)) for made in graphs.values() for node, right in graph.products(made)
-        ]
-        quantized = sum(kind == "MatMulIntegerToFloat" for kind, _ in products)
+        products = [node.op_type for made in graphs.values() for node, _ in graph.products(made)]
+        quantized = products.count("MatMulIntegerToFloat")
         if int8 and quantized < len(products):
             raise StoreError(f"{len(products) - quantized} of {len(products)} products were not quantised.")
-        uses = Counter(weight for _, weight in products)
+        shared = graph.shared(graphs.values())
         files = graph.save(graphs, part)
-        _write_beside(model, tokenizer, folder, part, {"graphs": files, "int8": int8})
+        _write_beside(model, folder, part, said | {"graphs": files, "int8": int8})
         found = compare(model, load(part))
         if not int8 and not found.difference <= TOLERANCE * found.scale:
             raise StoreError(
@@ -118,7 +119,7 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
             bytes_stored=graph.stored(graphs.values()),
             bytes_on_disk=sum(file.stat().st_size for file in part.glob("*.onnx*")),
             products=len(products),
-            shared=sum(n for n in uses.values() if n > 1),
+            shared=shared,
             quantized=quantized,
             **asdict(found),
         )
@@ -172,21 +173,39 @@ def _refuse_copies(stored: int, unique: int) -> None:
         )
 
 
-def _write_beside(
-    model: PreTrainedModel, tokenizer: Any, folder: Path, part: Path, said: Mapping[str, Any]
-) -> None:
-    """The config without the plan, what prepares inputs, and what the runner has to know."""
-    eos = getattr(model.generation_config, "eos_token_id", None) if model.can_generate() else None
-    limit = 512 if kind_of(model) == "encoder" else None
-    manifest = {
-        "kind": kind_of(model),
-        **said,
+def _manifest(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+    """What the runner has to know of the model. Raises ModelError where its decoder has no start token."""
+    kind, config = kind_of(model), model.config
+    settings = model.generation_config if model.can_generate() else None
+    eos = getattr(settings, "eos_token_id", None)
+    starts = (getattr(one, "decoder_start_token_id", None) for one in (settings, config))
+    start = next((token for token in starts if token is not None), None)
+    if kind == "encoder-decoder" and start is None:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder_start_token_id.", "Set it in its generation_config.json."
+        )
+    limit = 512 if kind == "encoder" else 10**6
+    return {
+        "kind": kind,
         "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
-        "start": getattr(model.config, "decoder_start_token_id", None),
-        "max_length": usable_length(tokenizer, model.config, limit or 10**6)
-        if tokenizer is not None
-        else None,
+        "start": start,
+        "beyond_greedy": [name for name in BEYOND_GREEDY if getattr(settings, name, None) not in (None, [])],
+        "pooling": _pooling(model) if kind == "encoder" else None,
+        "max_length": usable_length(tokenizer, config, limit) if tokenizer is not None else None,
     }
+
+
+def _pooling(model: PreTrainedModel) -> str | None:
+    """The name in ``POOLINGS`` of the model's pooling; None if it is not computed."""
+    try:
+        pooling = pooling_of(model.config)
+    except ModelError:
+        return None
+    return next(name for name, one in POOLINGS.items() if one is pooling)
+
+
+def _write_beside(model: PreTrainedModel, folder: Path, part: Path, manifest: Mapping[str, Any]) -> None:
+    """The config without the plan, what prepares inputs, and what the runner has to know."""
     if plan_of(model) is not None:
         unmark(model)
     model.config.save_pretrained(part)

@@ -1,6 +1,5 @@
 """What bench measures: a model folder or an ONNX export behind one face.  Importing it loads no torch."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from layershare.errors import ModelError
 from layershare.onnx.runner import MANIFEST
 
 Arrays = Mapping[str, np.ndarray]
@@ -41,12 +41,22 @@ class Subject:
             shape = (size, size) if isinstance(size, int) else tuple(size)
             pixels = draw.standard_normal((batch, self.config.get("num_channels", 3), *shape))
             return {"pixel_values": pixels.astype(np.float32)}
-        high = self.config["vocab_size"]
+        high = _vocabulary(self.config)
         ids = draw.integers(high // 2, high, (batch, tokens))
         every = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         return {
             name: array for name, array in every.items() if name in self.known or name != "token_type_ids"
         }
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    """Tokens that the model knows; where its parts have configs of their own, those that all of them know."""
+    parts = (
+        [config] if "vocab_size" in config else [one for one in config.values() if isinstance(one, Mapping)]
+    )
+    if found := [one["vocab_size"] for one in parts if "vocab_size" in one]:
+        return min(found)
+    raise ModelError("The model's config names no vocab_size.")
 
 
 def is_export(folder: str | Path) -> bool:
@@ -80,9 +90,7 @@ def _exported(folder: str | Path, threads: int | None) -> Subject:
         )
 
     first = next(iter(runner.sessions.values()))
-    precision = (
-        "int8" if json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))["int8"] else "float32"
-    )
+    precision = "int8" if runner.int8 else "float32"
     known = frozenset(one.name for one in first.get_inputs())
     return Subject("ONNX Runtime", precision, runner.config, known, run, generate if generates else None)
 
@@ -114,6 +122,6 @@ def _model(folder: str | Path) -> Subject:
         )  # fmt: skip
 
     precision = str(model.dtype).removeprefix("torch.")
-    config = model.config.get_text_config().to_dict() | model.config.to_dict()
+    config = model.config.to_dict()
     known = frozenset({"pixel_values"} if model.main_input_name == "pixel_values" else takes)
     return Subject("PyTorch", precision, config, known, run, generate if model.can_generate() else None)

@@ -6,7 +6,7 @@
 
     load("encoder").encode(["one text", "another"])            # [2, d], unit length
     load("classifier").classify(["one text"])                  # [("positive", 0.98)]
-    load("writer").generate(["Once upon"], max_new_tokens=20)  # ["Once upon a time ..."]
+    load("writer").generate(["Once upon"], max_new_tokens=20)  # [" a time ..."]: what follows
 """
 
 from layershare.onnx.runner import MANIFEST, Runner, load

@@ -1,7 +1,7 @@
 """The runner of exported models: texts in, embeddings, labels or texts out."""
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,23 @@ from layershare.onnx.session import open_session
 
 MANIFEST = "layershare_onnx.json"
 Arrays = dict[str, np.ndarray]
+
+
+def _mean(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return (states * mask[..., None]).sum(1) / np.maximum(mask.sum(1, keepdims=True), 1)
+
+
+def _last(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return states[np.arange(len(states)), (np.arange(mask.shape[1]) * mask).argmax(1)]
+
+
+POOLINGS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "mean": _mean,
+    "cls": lambda states, _: states[:, 0],
+    "lasttoken": _last,
+    "max": lambda states, mask: np.where(mask[..., None] > 0, states, np.finfo(states.dtype).min).max(1),
+}
+"""(states [B, T, d], mask [B, T]) -> [B, d], by the names of the manifest."""
 
 
 def load(folder: str | Path, *, threads: int | None = None) -> "Runner":
@@ -29,23 +46,30 @@ class Runner:
     Attributes:
         kind: ``encoder``, ``decoder``, ``encoder-decoder`` or ``vision``.
         config: the model's config.json.
+        int8: whether it is quantised.
         sessions: the onnxruntime session of each graph, by name.
     """
 
     def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
         self.folder = Path(folder).expanduser()
+        file = self.folder / MANIFEST
         try:
-            said = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            said = json.loads(file.read_text(encoding="utf-8"))
+            self.kind: str = said["kind"]
+            self.eos: list[int] = said["eos"]
+            self.start: int | None = said["start"]
+            self.limit: int = said["max_length"] or 512
+            self.int8: bool = said["int8"]
+            self.pooling: str | None = said["pooling"]
+            self.beyond_greedy: list[str] = said["beyond_greedy"]
+            graphs: dict[str, str] = said["graphs"]
+            file = self.folder / "config.json"
+            self.config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise StoreError(f"{folder} was not written by layershare export --format onnx.") from None
-        self.kind: str = said["kind"]
-        self.eos: list[int] = said["eos"]
-        self.start: int | None = said["start"]
-        self.limit: int = said["max_length"] or 512
-        self.sessions = {
-            name: open_session(self.folder / file, threads) for name, file in said["graphs"].items()
-        }
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{file} is broken or of another version ({error}).", "Export again.") from None
+        self.sessions = {name: open_session(self.folder / part, threads) for name, part in graphs.items()}
         self._tokenizer: Any = None
 
     def __call__(self, graph: str | None = None, /, **arrays: np.ndarray) -> Arrays:
@@ -57,14 +81,22 @@ class Runner:
         return dict(zip(outputs, found, strict=True))
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
-        """Embeddings [N, d] of unit length: the mean of the last hidden states over the tokens of each text, or what
-        the model's own ``1_Pooling`` names: mean, or the state of the first token."""
+        """Embeddings [N, d] of unit length: the last hidden states of each text, pooled as the model's folder says:
+        their mean (the default), the largest value of each dimension, or the first or last token's.
+
+        Raises OptionError if the model has no embeddings, or pools in a way that is not computed here.
+        """
         self._require("last_hidden_state", "embeddings", 3)
-        first = self._pooling() == "cls"
+        if self.pooling not in POOLINGS:
+            raise OptionError(
+                f"{self.folder} pools its tokens, or goes on behind the pooling (see its modules.json), in a way "
+                "that layershare does not compute.",
+                "Run the graph and pool its states.",
+            )
+        pooled = POOLINGS[self.pooling]
 
         def pool(out: Arrays, mask: np.ndarray) -> np.ndarray:
-            states, weights = out["last_hidden_state"], mask[..., None].astype(np.float32)
-            found = states[:, 0] if first else (states * weights).sum(1) / weights.sum(1)
+            found = pooled(out["last_hidden_state"], mask.astype(np.float32))
             return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
         return self._over(texts, batch_size, pool)
@@ -84,7 +116,17 @@ class Runner:
         return [(names.get(str(i), str(i)), float(row[i])) for i, row in zip(best, odds, strict=True)]
 
     def generate(self, texts: Sequence[str], *, max_new_tokens: int = 20) -> list[str]:
-        """What follows each text, or what an encoder-decoder makes of it: greedily, to the end token at most."""
+        """What follows each text, or what an encoder-decoder makes of it: greedily, to the end token at most.
+
+        Plain greedy search: of the model's generation config only the start and end tokens count. Raises OptionError
+        where that config forces or forbids tokens, since the texts would be others than the model's.
+        """
+        if self.beyond_greedy:
+            raise OptionError(
+                f"{self.folder}: the model's generation config sets {', '.join(self.beyond_greedy)}, which plain "
+                "greedy search does not follow.",
+                "generate_ids searches without it; steps gives the scores to search in your own way.",
+            )
         tokens = self.tokenize(texts, left=self.kind == "decoder")
         found = self.generate_ids(**tokens, max_new_tokens=max_new_tokens)
         return [self.tokenizer.decode(list(row)) for row in found]
@@ -153,17 +195,6 @@ class Runner:
             for i, row in zip(some, read(self(**batch), batch["attention_mask"]), strict=True):
                 rows[i] = row
         return np.array(rows)
-
-    def _pooling(self) -> str:
-        file = self.folder / "1_Pooling" / "config.json"
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pooling_mode": "mean"}
-        modes = {"cls": said.get("pooling_mode_cls_token"), "mean": said.get("pooling_mode_mean_tokens")}
-        found = said.get("pooling_mode") or next((mode for mode, on in modes.items() if on), None)
-        if found not in modes:
-            raise OptionError(
-                f"{file}: only pooling by mean or cls is known.", "Run the graph and pool its states."
-            )
-        return found
 
     def _require_generator(self) -> None:
         if self.kind not in ("decoder", "encoder-decoder"):

@@ -11,7 +11,7 @@ from layershare.prune.verb import Account, account, prune
 from layershare.sharing import plan_of
 from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
 from layershare.tasks import Task, get_task
-from layershare.tasks.calibration import first_batches
+from layershare.tasks.calibration import sample_batches
 
 
 def prune_folder(
@@ -42,7 +42,7 @@ def prune_folder(
                 raise OptionError(f"importance {config.by!r} is measured on data.", "Give --task and --data.")
             found = kind.read(list(data), columns=columns, **(reading or {"split": (1.0, 0.0, 0.0)}))
             kind.check(found, original.config)
-            batches = first_batches(kind, load_tokenizer(model), found, original.config, labels=True)
+            batches = sample_batches(kind, load_tokenizer(model), found, original.config, labels=True)
         guide = load_model(teacher, kind.auto_class if kind else None) if teacher is not None else None
         pruned = prune(original, config, batches, teacher=guide)
         pruned.save_pretrained(folder)

@@ -11,14 +11,16 @@ from layershare.report import charts
 from layershare.result import write_atomic
 
 
+def check(file: Path) -> None:
+    """Raise OptionError unless ``file`` can be a page or figures, by its ending."""
+    if file.suffix not in (".html", ".json"):
+        raise OptionError(f"{file}: the ending must be .html or .json.")
+
+
 def save(bench: Bench, file: Path) -> None:
     """Write ``file``: a page (.html) or the figures (.json). Raises OptionError for another ending."""
-    if file.suffix == ".json":
-        write_atomic(file, bench.model_dump_json(indent=1) + "\n")
-    elif file.suffix == ".html":
-        write_atomic(file, page(bench))
-    else:
-        raise OptionError(f"{file}: the ending must be .html or .json.")
+    check(file)
+    write_atomic(file, page(bench) if file.suffix == ".html" else bench.model_dump_json(indent=1) + "\n")
 
 
 def page(bench: Bench) -> str:

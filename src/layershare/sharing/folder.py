@@ -22,7 +22,7 @@ from layershare.store.open import (
 from layershare.store.shards import SHARD_SIZE
 from layershare.store.stream import share_stream
 from layershare.tasks import Task, get_task
-from layershare.tasks.calibration import first_batches
+from layershare.tasks.calibration import sample_batches
 
 
 def share_folder(
@@ -60,7 +60,7 @@ def share_folder(
         if calibration and task is not None:
             kind = get_task(task)
             found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
-            batches = first_batches(kind, load_tokenizer(model), found, original.config)
+            batches = sample_batches(kind, load_tokenizer(model), found, original.config)
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self, cast
@@ -30,7 +31,8 @@ class Shards:
 
     ``tensors``: names, shapes and precisions of all that will come, on the meta device; ``parameters``: their number,
     for the index. The files are those that ``save_pretrained`` would write.
-    Raises StoreError if the disk is too small, and at the end of the block if a tensor did not come.
+    Raises StoreError if the disk is too small or cannot be written, and at the end of the block if a tensor did not
+    come.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Shards:
                 "weight_map": split.tensor_to_filename,
             }
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+            with _to_disk(folder / SAFE_WEIGHTS_INDEX_NAME):
+                (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
 
     def _set_aside(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         kinds = list(KINDS)
@@ -76,9 +79,10 @@ class Shards:
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        file = path.open("wb")
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        with _to_disk(path):
+            file = path.open("wb")
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
         self.places |= {name: (file, 8 + len(text) + start) for name, start in starts.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -105,7 +109,8 @@ class Shards:
         finally:
             self.writer.shutdown()
             for file in {id(file): file for file, _ in self.places.values()}.values():
-                file.close()
+                with _to_disk(file.name):
+                    file.close()  # writes the rest
         if error is None and self.expected:
             raise StoreError(
                 f"{next(iter(self.expected))} and {len(self.expected) - 1} more tensors never came."
@@ -113,5 +118,14 @@ class Shards:
 
 
 def _write(file: BinaryIO, start: int, tensor: Tensor) -> None:
-    file.seek(start)
-    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    with _to_disk(file.name):
+        file.seek(start)
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _to_disk(file: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be written ({error.strerror or error}).") from error

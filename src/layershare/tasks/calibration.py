@@ -1,5 +1,6 @@
-"""What models are shown to see what they do: the first texts of the data, as batches."""
+"""What models are shown to see what they do: some texts of the data, as batches."""
 
+import random
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError
@@ -23,7 +24,7 @@ def encode_inputs(task: Task, tokenizer: Any, dataset: "Dataset", max_length: in
     return task.encode(tokenizer, dataset, length, config if "labels" in task.inputs else None)
 
 
-def first_batches(
+def sample_batches(
     task: Task,
     tokenizer: Any,
     data: Data,
@@ -33,17 +34,22 @@ def first_batches(
     texts: int = TEXTS,
     size: int = 32,
 ) -> "list[dict[str, Tensor]]":
-    """Padded batches of ``size`` of the first ``texts`` texts to train on, longest first, for a model with this config.
+    """Padded batches of ``size`` of ``texts`` texts to train on, longest first, for a model with this config.
 
+    The texts are drawn at random, always the same: files are often sorted, and their first rows are of one kind.
     labels: also those of the data, where it has any. Raises DataError where there is no text.
     """
     if data.train is None:
         raise DataError("There is no text to measure on.", "Give a file with some.")
-    some = data.train.select(range(min(len(data.train), texts)))
+    some = data.train.select(_drawn(len(data.train), texts))
     if labels:
         rows = task.encode(tokenizer, some, usable_length(tokenizer, config, LENGTH), config)
     else:
         rows = encode_inputs(task, tokenizer, some, LENGTH, config)
-    rows = rows.select(range(min(len(rows), texts)))
+    rows = rows.select(_drawn(len(rows), texts))
     columns = {name: rows[name] for name in rows.column_names}
     return [batch for _, batch in batches(tokenizer, columns, size, task.collate)]
+
+
+def _drawn(of: int, wanted: int) -> list[int]:
+    return sorted(random.Random(0).sample(range(of), min(of, wanted)))

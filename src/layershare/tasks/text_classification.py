@@ -163,7 +163,7 @@ def check(data: Data, config: Any) -> None:
         )
     if answer == "labels" and own is None:
         raise DataError(
-            f"The column {data.columns[answer]!r} has several labels a text; that the model gives several it does not say.",
+            f"The column {data.columns[answer]!r} has several labels a text, the model does not say that it has.",
             f"If it was trained to, set problem_type in its config.json to {wanted!r}; else train a new head for them.",
         )
     if answer == "score":
