@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 INPUTS = ("input_ids", "attention_mask", "labels")
-SINGLE = ("num_return_sequences", "return_dict_in_generate")
+SINGLE = {"num_return_sequences": 1, "return_dict_in_generate": False}
 """Settings of ``generate`` that would give something else than one text for each."""
 Measure = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 """(what the model wrote, what is right) -> figures."""
@@ -221,7 +221,8 @@ def _options(settings: Settings, most: int) -> dict[str, Any]:
     known = GenerationConfig().to_dict()
     if wrong := next((key for key in settings.generation if key not in known), None):
         raise OptionError(f"generation: unknown key {wrong!r}.", nearest(wrong, known))
-    if many := next((key for key in SINGLE if settings.generation.get(key) not in (None, 1, False)), None):
+    given = {key: settings.generation.get(key) for key in SINGLE}
+    if many := next((key for key, value in given.items() if value not in (None, SINGLE[key])), None):
         raise OptionError(f"generation: {many} is not for this task.", "One plain text is written for each.")
     own = {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
     length = {} if "max_length" in settings.generation else {"max_new_tokens": most}
