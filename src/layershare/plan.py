@@ -209,6 +209,8 @@ class SharingPlan(Config):
     def save(self, path: str | Path) -> None:
         """Write a ``.toml`` or ``.json`` plan, whole or not at all. Raises PlanError naming the file."""
         path = _file(path)
+        if not path.parent.is_dir():
+            raise PlanError(f"{path}: cannot be written (there is no folder {path.parent}).")
         try:
             write_atomic(path, self.to_json() if path.suffix == ".json" else self.to_toml())
         except OSError as error:
