@@ -83,7 +83,7 @@ def section(kind: str, width: int, work: Path, options: argparse.Namespace) -> l
         named, tokens=TOKENS, new=NEW, batch=1, threads=options.threads, runs=400, seconds=options.seconds,
         clock=CLOCKS[options.clock],
     )  # fmt: skip
-    limits = probe(width, options)
+    limits = probe(width, TOKENS if kind == "encoder" else 1, options)
     rows = {row.label: row for row in made.rows}
 
     def gain(label: str, base: str) -> str:
@@ -158,18 +158,19 @@ def exported(folder: Path, *, int8: bool) -> Path:
     return out
 
 
-def probe(width: int, options: argparse.Namespace) -> dict[int, float]:
-    """Unique layers -> how many times as fast as with all of them different, for the products of one token alone."""
+def probe(width: int, rows: int, options: argparse.Namespace) -> dict[int, float]:
+    """Unique layers -> how many times as fast as with all of them different, for the products of ``rows`` tokens alone."""
     with tempfile.TemporaryDirectory() as scratch:
         calls = {
-            str(unique): products(width, unique, Path(scratch), options.threads) for unique in (DEPTH, 3, 1)
+            str(unique): products(width, rows, unique, Path(scratch), options.threads)
+            for unique in (DEPTH, 3, 1)
         }
         found = latency(calls, batch=1, runs=400, seconds=options.seconds, clock=CLOCKS[options.clock])
     return {int(name): found[str(DEPTH)].p50_ms / one.p50_ms for name, one in found.items()}
 
 
-def products(width: int, unique: int, folder: Path, threads: int) -> Callable[[], object]:
-    """The products of twelve layers in a row, in int8, on one row of numbers."""
+def products(width: int, rows: int, unique: int, folder: Path, threads: int) -> Callable[[], object]:
+    """The products of twelve layers in a row, in int8, on ``rows`` rows of numbers."""
     draw = np.random.default_rng(0)
     shapes = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
     weights = {
@@ -179,7 +180,7 @@ def products(width: int, unique: int, folder: Path, threads: int) -> Callable[[]
         for layer in range(unique)
         for i, shape in enumerate(shapes)
     }
-    first = last = ir.val("x", shape=ir.Shape([1, width]), dtype=ir.DataType.FLOAT)
+    first = last = ir.val("x", shape=ir.Shape([rows, width]), dtype=ir.DataType.FLOAT)
     nodes = []
     for position in range(DEPTH):
         for i in range(len(shapes)):
@@ -194,7 +195,7 @@ def products(width: int, unique: int, folder: Path, threads: int) -> Callable[[]
     assert len({id(right) for _, right in graph.products(made)}) == unique * len(shapes)
     file = folder / f"probe-{unique}.onnx"
     ir.save(made, file)
-    session, x = open_session(file, threads), draw.standard_normal((1, width)).astype(np.float32)
+    session, x = open_session(file, threads), draw.standard_normal((rows, width)).astype(np.float32)
     return lambda: session.run(None, {"x": x})
 
 
@@ -236,8 +237,8 @@ def head(options: argparse.Namespace) -> list[str]:
         "",
         f"Models of {DEPTH} layers with random weights, dense and with few unique layers (neighbours share),",
         f"{options.threads} thread(s), texts of {TOKENS} tokens, all sides of a table in turns; medians in ms with the",
-        "95th percentile. The probe is the products of the layers' weights with one row of numbers, alone: the most",
-        "that cached weights can spare."
+        "95th percentile. The probe is the products of the layers' weights alone, with as many rows of numbers as the",
+        "model sees tokens at once (decoding: one): the most that cached weights can spare."
         + (" Times are of the processor, as others used the machine." * busy),
         "",
     ]

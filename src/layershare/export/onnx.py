@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SLACK = 1.02
 """Most bytes of initialisers, as a multiple of the model's unique bytes; small constants of the graph come on top."""
+OPSET = 23
+"""The first that has attention, rotary embeddings and root mean square norms as single operators: half the nodes."""
 TOLERANCE = 1e-3
 """Most difference of float outputs, relative to the largest output."""
 BEYOND_GREEDY = ("forced_bos_token_id", "bad_words_ids", "suppress_tokens")
@@ -130,7 +132,7 @@ def trace(program: Program) -> "ir.Model":
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     module: Any = program.module  # no PreTrainedModel, which the exporter does not need
-    config = OnnxConfig(dynamic_shapes=_dynamic(program.axes))
+    config = OnnxConfig(dynamic_shapes=_dynamic(program.axes), opset_version=OPSET)
     try:
         with _quiet():
             return OnnxExporter().export_program(module, dict(program.example), config)[0]
