@@ -159,7 +159,7 @@ def exported(folder: Path, *, int8: bool) -> Path:
 
 
 def probe(width: int, rows: int, options: argparse.Namespace) -> dict[int, float]:
-    """Unique layers -> how many times as fast as with all of them different, for the products of ``rows`` tokens alone."""
+    """Unique layers -> how many times as fast as with all different, for the products of ``rows`` tokens alone."""
     with tempfile.TemporaryDirectory() as scratch:
         calls = {
             str(unique): products(width, rows, unique, Path(scratch), options.threads)

@@ -7,7 +7,6 @@ from typing import Any
 
 from layershare.errors import DependencyError, StoreError
 
-
 SLOW = ["SkipLayerNormFusion"]
 """Optimisers of ONNX Runtime that are left out: on the CPU its fused operator takes twice the time of its two parts."""
 
