@@ -58,6 +58,9 @@ class Group(Config):
     diagonal: bool = False
     """With ``method="tie"`` and a rank: the private correction also has a diagonal (ResidualTransformer)."""
 
+    kv: bool = False
+    """Keys and values are computed once, at the first position, and read by the others (cross-layer attention)."""
+
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if not self.positions:
@@ -72,6 +75,8 @@ class Group(Config):
             raise ValueError("diagonal = true is for method = 'tie' with a rank")
         if self.fit == "geopair" and (self.method, self.side) != ("basis", "input"):
             raise ValueError("fit = 'geopair' is for method = 'basis' with side = 'input'")
+        if self.kv and (self.method != "tie" or len(self.positions) < 2):
+            raise ValueError("kv = true is for method = 'tie' over several positions")
         if self.method == "basis" and self.rank == 0:
             raise ValueError(f"the basis over positions {list(self.positions)} needs a rank of at least 1")
         return self
@@ -277,6 +282,5 @@ def describe(group: Group) -> str:
         return f"shared basis of rank {group.rank}, {group.side} side{how}"
     if len(group.positions) == 1:
         return "private"
-    return f"tied ({merge})" + (
-        f" + private rank {group.rank}{' + diagonal' * group.diagonal}" if group.rank else ""
-    )
+    private = f" + private rank {group.rank}{' + diagonal' * group.diagonal}" if group.rank else ""
+    return f"tied ({merge}){private}" + f", keys and values of {group.positions[0]}" * group.kv

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layershare.errors import PlanError
+from layershare.errors import ModelError, PlanError
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import mark, plan_of, unmark
 from layershare.sharing.depth import drop_layers
@@ -144,6 +144,7 @@ def _refuse_idle(plan: SharingPlan, layout: Layout) -> None:
 def unshare(model: PreTrainedModel) -> PreTrainedModel:
     """A new model with the same function in which every position has weights of its own.
 
+    Raises ModelError where positions read keys and values from another one: no ordinary model does.
     Dropped positions stay dropped. Gates have no place in the original architecture: a model with gates keeps them,
     and a plan that says so; without gates the result is a plain model that needs no layershare to load.
     """
@@ -151,7 +152,13 @@ def unshare(model: PreTrainedModel) -> PreTrainedModel:
     plan = plan_of(dense)
     if plan is None:
         return dense
-    undo(dense, layout_of(dense, plan))
+    layout = layout_of(dense, plan)
+    if layout.lent:
+        raise ModelError(
+            f"{layout.lent[0][1]} gives what {layout.lent[0][0]} gave (kv = true): no ordinary model does that.",
+            "Use the model as it is; export --format onnx keeps it.",
+        )
+    undo(dense, layout)
     unmark(dense)
     rest = plan.model_copy(
         update={

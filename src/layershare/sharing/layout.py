@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from layershare.errors import PlanError, nearest
 from layershare.plan import Gate, Group, SharingPlan, StackPlan
 from layershare.sharing.embedding import TableJob
+from layershare.sharing.kv import belongs, is_map
 from layershare.stacks import PARTS, Stack, Weight, same_stack
 
 
@@ -23,6 +24,8 @@ class Job:
     """With merge ``pick``: which of ``sources`` gives its weights."""
     lender: int | None = None
     """A layer outside of ``layers`` that gives its weights."""
+    kv: bool = False
+    """Keys or values depend on it, and the first layer alone computes them."""
 
     @property
     def factored(self) -> bool:
@@ -110,6 +113,11 @@ class Layout:
     def changes(self) -> bool:
         """Whether the model needs layershare to load."""
         return bool(self.jobs or self.gates or self.tables)
+
+    @property
+    def lent(self) -> list[tuple[str, ...]]:
+        """The maps to keys and to values that give what the first of them gave: full names of modules, a tuple a kind."""
+        return [job.modules for job in self.jobs if job.kv and len(job.weight.shape) > 1]
 
     @property
     def ties(self) -> Iterator[tuple[str, ...]]:
@@ -240,13 +248,15 @@ def _jobs(
 ) -> Iterator[Job]:
     likes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     weights: dict[tuple[str, tuple[int, ...]], Weight] = {}
+    own = list(_keys_and_values(stack, plan, group, [index[p] for p in group.positions])) if group.kv else []
+    yield from own
     for layer in (index[position] for position in group.positions):
         for weight in stack.layers[layer]:
-            if any(matches(weight, part) for part in group.parts):
+            if not (group.kv and belongs(weight.name)) and any(matches(weight, part) for part in group.parts):
                 likes.setdefault((weight.name, weight.shape), []).append(layer)
                 weights[weight.name, weight.shape] = weight
     for part in group.parts:
-        if not any(matches(weight, part) for weight in weights.values()):
+        if not any(matches(weight, part) for weight in (*weights.values(), *(job.weight for job in own))):
             names = {w.name for layer in stack.layers for w in layer}
             present = [p for p in PARTS if any(w.part == p for layer in stack.layers for w in layer)]
             raise PlanError(
@@ -284,6 +294,21 @@ def _jobs(
             )
         elif len(layers) > 1 or group.method == "basis":
             yield job
+
+
+def _keys_and_values(stack: Stack, plan: StackPlan, group: Group, layers: list[int]) -> Iterator[Job]:
+    """Jobs of all that the keys and values of ``layers`` depend on: the first one's serves all, without corrections."""
+    where = f"positions {list(group.positions)} of {plan.name!r}"
+    found = [{w.name: w for w in stack.layers[layer] if belongs(w.name)} for layer in layers]
+    maps = [name for name, weight in found[0].items() if is_map(name) and len(weight.shape) > 1]
+    if len(maps) != 2:
+        why = "have more than one attention" if maps else "have no maps to keys and to values of their own"
+        raise PlanError(f"kv = true: {where} {why}.", "Leave kv out of this group.")
+    if any(one != found[0] for one in found):
+        raise PlanError(f"kv = true: keys and values of {where} are not alike.", "Group positions of one kind.")
+    plain = group.model_copy(update={"merge": "first", "source": None, "rank": 0, "diagonal": False})
+    for weight in found[0].values():
+        yield Job(stack.name, plain, weight, tuple(layers), kv=True)
 
 
 def _source(

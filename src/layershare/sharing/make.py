@@ -20,7 +20,7 @@ SCHEMES = (*presets.PRESETS, "drop", "gated", *BASES)
 def make_plan(
     model: nn.Module | Sequence[Stack], preset: str = "adjacent", *,
     unique: int | None = None, budget: float | None = None, parts: Sequence[str] | None = None,
-    stack: str | Sequence[str] | None = None, merge: PlanMerge = "mean", rank: int = 0,
+    stack: str | Sequence[str] | None = None, merge: PlanMerge = "mean", rank: int = 0, kv: bool = False,
 ) -> SharingPlan:  # fmt: skip
     """A plan by name for ``model`` (or for its stacks).
 
@@ -33,6 +33,7 @@ def make_plan(
     parts: part names or globs; default all weight matrices. stack: names of the stacks to share, default all.
     merge, rank: for tied groups, see :class:`~layershare.plan.Group`; ``basis`` takes a rank in place of ``unique``.
         ``stepwise`` picks evenly spaced positions, one for each unique layer, wherever its users are (2410.20672).
+    kv: the first position of each tied group computes keys and values for all of it (cross-layer attention, 2405.12981).
 
     Raises :class:`~layershare.errors.PlanError` naming the nearest preset, stack or part, or the least budget possible.
     """
@@ -42,6 +43,8 @@ def make_plan(
         raise PlanError(
             f"preset {preset!r} takes no {f'merge {merge!r}' if merge != 'mean' else f'rank {rank}'}."
         )
+    if kv and preset not in presets.PRESETS:
+        raise PlanError(f"preset {preset!r} takes no kv: it ties no whole groups.", nearest("adjacent", presets.PRESETS))
     name, number = ("rank", rank or None) if preset in BASES else ("unique", unique)
     if preset in BASES and unique is not None:
         raise PlanError(f"preset {preset!r} takes no unique = {unique}.", "Give its rank, or a budget.")
@@ -60,7 +63,7 @@ def make_plan(
     plans = []
     for one in chosen:
         wanted = tuple(parts) if parts is not None else matrix_parts(one)
-        make = _scheme(preset, one, wanted, merge, rank)
+        make = _scheme(preset, one, wanted, merge, rank, kv)
         chosen_number = _within(one, preset, make, wanted, budget) if budget is not None else number
         plans.append(make(presets.FIXED[preset] if chosen_number is None else chosen_number))
     return SharingPlan(stacks=tuple(plans))
@@ -72,7 +75,7 @@ def matrix_parts(stack: Stack) -> tuple[str, ...]:
 
 
 def _scheme(
-    preset: str, stack: Stack, parts: tuple[str, ...], merge: PlanMerge, rank: int
+    preset: str, stack: Stack, parts: tuple[str, ...], merge: PlanMerge, rank: int, kv: bool
 ) -> Callable[[int], StackPlan]:
     """A function from the number to choose (unique layers; for ``basis`` the rank) to the stack's plan."""
     if preset == "drop":
@@ -84,7 +87,7 @@ def _scheme(
         return lambda rank: basis_over(stack, pairs, parts, rank, BASES[preset])
     return lambda unique: StackPlan(
         name=stack.name, length=stack.length,
-        groups=_having(stack, tied(_assign(preset, stack, unique), parts, merge, rank)),
+        groups=_having(stack, tied(_assign(preset, stack, unique), parts, merge, rank, kv)),
     )  # fmt: skip
 
 
@@ -152,7 +155,11 @@ def _price(stack: Stack, plan: StackPlan) -> float:
 
 
 def tied(
-    assignment: Sequence[int], parts: Sequence[str], merge: PlanMerge = "mean", rank: int = 0
+    assignment: Sequence[int],
+    parts: Sequence[str],
+    merge: PlanMerge = "mean",
+    rank: int = 0,
+    kv: bool = False,
 ) -> tuple[Group, ...]:
     """Groups of positions with the same unique layer; positions that are alone stay private."""
     groups = [_positions(assignment, unique) for unique in dict.fromkeys(assignment)]
@@ -160,7 +167,7 @@ def tied(
     if merge == "stepwise":
         made = [{"merge": "pick", "source": source} for source in spread(len(assignment), len(groups))]
     return tuple(
-        _group(positions=p, parts=parts, rank=rank, **how)
+        _group(positions=p, parts=parts, rank=rank, kv=kv, **how)
         for p, how in zip(groups, made, strict=True)
         if len(p) > 1
     )

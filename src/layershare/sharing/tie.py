@@ -22,6 +22,7 @@ from layershare.plan import SharingPlan
 from layershare.sharing.carry import plan_of
 from layershare.sharing.embedding import install_tables, lost_tables, remove_tables, tables_of
 from layershare.sharing.gate import add_gate, has_gate, remove_gate
+from layershare.sharing.kv import install_kv, install_readers, lost_kv
 from layershare.sharing.layout import Layout, resolve
 from layershare.sharing.names import keep_names
 from layershare.sharing.wrapped import bare, base_of, submodule
@@ -82,6 +83,8 @@ def install(model: nn.Module, layout: Layout) -> None:
     for name, gate in layout.gates:
         add_gate(model.get_submodule(name), gate.value)
     install_tables(model, layout.tables)
+    install_kv(model, layout.lent)
+    install_readers(model, {tuple(name.rpartition(".")[0] for name in names): None for names in layout.lent})
 
 
 def tie(model: nn.Module, layout: Layout) -> None:
@@ -152,7 +155,7 @@ def broken(model: nn.Module, layout: Layout) -> list[str]:
         lost += [owner] if parameter is None else [m for m in members if _get(model, m) is not parameter]
     factored = [name for job in layout.jobs if job.factored for name in job.modules]
     lost += [name for name in factored if not isinstance(model.get_submodule(name), FactoredLinear)]
-    lost += lost_tables(model, layout.tables)
+    lost += lost_tables(model, layout.tables) + lost_kv(model, layout.lent)
     lost += [f"{name}.{GATE}" for name, _ in layout.gates if not has_gate(model.get_submodule(name))]
     return list(dict.fromkeys(lost))
 
