@@ -174,7 +174,7 @@ def call(file: Path) -> Callable[[], object]:
 
 def about(options: argparse.Namespace) -> list[str]:
     return [
-        f"Models of {DEPTH} layers and width {options.width} with random weights. Encoders get a text of {TOKENS} tokens,",
+        f"Models of {DEPTH} layers, width {options.width}, random weights. Encoders get a text of {TOKENS} tokens,",
         f"decoders one more token behind {PAST}; straight exports of decoders have no cache and get {TOKENS} tokens.",
         "Medians, processor time, one thread, in turns."
         + ("" if options.optimum else " optimum-onnx was not run."),

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 import transformers
-from laws import loss, output, same
 
+from laws import loss, output, same
 from layershare import find_stacks, make_plan, predict, share, unshare, verify
 from layershare.errors import ModelError, PlanError, TieError
 from layershare.plan import Group, SharingPlan, StackPlan
@@ -31,9 +31,9 @@ def plan(model, *groups, **values):
 def decoder(tiny):
     """``decoder("gemma3")``: a tiny decoder of four layers with random norms and biases."""
 
-    def make(kind):
+    def make(kind, **sizes):
         if kind == "llama":
-            model = tiny("llama", attention_bias=True)
+            model = tiny("llama", attention_bias=True, **sizes)
         else:
             torch.manual_seed(0)
             config = transformers.Gemma3TextConfig(
@@ -85,7 +85,12 @@ def test_generation_with_a_cache_is_that_without(kind, choice, beams, decoder, b
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     settings = dict(
-        attention_mask=mask, max_new_tokens=8, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None
+        attention_mask=mask,
+        max_new_tokens=8,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
     )
     cached = student.generate(ids, **settings, use_cache=True)
     assert torch.equal(cached, student.generate(ids, **settings, use_cache=False))
@@ -154,7 +159,7 @@ def test_what_is_stored_is_predicted_and_saved_and_verified(choice, decoder, bat
     assert verify(student).tied > 0
     student.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    for other in (again, copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+    for other in (again, copy.deepcopy(student), pickle.loads(pickle.dumps(student))):  # noqa: S301
         verify(other)
         assert same(other, student)
         assert torch.equal(output(other, batch_for("llama")), output(student, batch_for("llama")))
@@ -223,3 +228,34 @@ def test_a_plan_says_whose_keys_and_values(decoder):
     assert "keys and values of 2" in str(made)
     assert SharingPlan.from_toml(made.to_toml()) == made
     assert make_plan(model, "adjacent", unique=2, kv=True) == made
+
+
+def test_from_folder_to_folder_and_as_a_stream(decoder, tmp_path):
+    from layershare.cli import main
+
+    decoder("gemma3").save_pretrained(tmp_path / "in")
+    common = ["share", str(tmp_path / "in"), "--preset", "adjacent", "--unique", "2", "--kv"]
+    assert main([*common, "-o", str(tmp_path / "whole")]) == 0
+    assert main([*common, "-o", str(tmp_path / "streamed"), "--stream"]) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed")]
+    assert files[0] == files[1]
+    assert main(["verify", str(tmp_path / "streamed")]) == 0
+    assert main(["export", str(tmp_path / "whole"), "--format", "dense", "-o", str(tmp_path / "dense")]) == 2
+    prune = ["prune", str(tmp_path / "whole"), "--amount", "0.5", "-o", str(tmp_path / "cut"), "--what"]
+    assert main([*prune, "heads"]) == 2
+    assert not (tmp_path / "cut").exists()
+    assert main([*prune, "neurons"]) == 0
+
+
+def test_the_export_computes_and_caches_them_once(decoder, tmp_path):
+    pytest.importorskip("onnxscript")
+    from layershare.export import export
+    from layershare.onnx import load
+
+    model = decoder("llama", num_key_value_heads=2)
+    share(model, plan(model)).save_pretrained(tmp_path / "in")
+    made = export(tmp_path / "in", tmp_path / "out", "onnx")
+    inputs = [one.name for one in load(tmp_path / "out").sessions["model"].get_inputs()]
+    assert [name for name in inputs if name.endswith("key")] == [f"past_key_values.{i}.key" for i in (0, 2)]
+    assert made.products == 4 * 7 - 2 * 2 + 1  # the others' maps to keys and values are gone
+    assert made.difference < 1e-4 * made.scale

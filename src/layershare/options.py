@@ -75,6 +75,9 @@ Merge = Annotated[
 Rank = Annotated[
     int, typer.Option(help="Rank of a private correction per position; of basis and geopair: of the basis.")
 ]
+KeysValues = Annotated[
+    bool, typer.Option("--kv", help="Keys and values of each group come from its first position.")
+]
 Calibration = Annotated[Path | None, typer.Option(help="Texts to fit the shared tensors on; needs --task.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="From file to file, for a checkpoint larger than memory.")

@@ -9,7 +9,8 @@ from layershare.cli.answer import Shown, account, columns, note, price, saved, t
 def plan(
     model: opt.Model, *, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
     unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
-    stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0, out: opt.PlanOut = None,
+    stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0, kv: opt.KeysValues = False,
+    out: opt.PlanOut = None,
 ) -> Shown:  # fmt: skip
     """Show what would be shared, and what that stores. No weight is read."""
     from layershare import find_stacks, predict
@@ -20,7 +21,7 @@ def plan(
     stacks = find_stacks(sketch(model))
     made = plan_for(
         stacks, plan, preset=preset, unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge,
-        rank=rank,
+        rank=rank, kv=kv,
     )  # fmt: skip
     cost, notes = predict(stacks, made), remarks(stacks, made)
     if out is not None:
@@ -33,7 +34,7 @@ def plan(
 def share(
     model: opt.Model, *, out: opt.Out, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
     unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
-    stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0,
+    stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0, kv: opt.KeysValues = False,
     calibration: opt.Calibration = None, task: opt.MaybeTask = None, fit: opt.Fit = "inputs",
     stream: opt.Stream = False,
 ) -> Shown:  # fmt: skip
@@ -43,7 +44,7 @@ def share(
 
     student = share_folder(
         model, out, plan=plan, calibration=[] if calibration is None else [calibration], task=task, preset=preset,
-        unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank, stream=stream,
+        unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank, kv=kv, stream=stream,
         fit=fit,
     )  # fmt: skip
     if plan_of(student) is None:  # positions were dropped, no more

@@ -5,8 +5,9 @@ encoder-decoder ``past_key_values.0.encoder.key`` is what the decoder keeps of t
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from layershare.errors import ModelError
+from layershare.sharing.kv import ReadingLayer, owners
 
 BATCH, LENGTH, PAST = 2, 5, 3  # of the traced example; a size of 1 would be taken for a constant
 
@@ -86,7 +88,8 @@ def _vision(model: PreTrainedModel) -> list[Program]:
 
 
 def _decoder(model: PreTrainedModel) -> list[Program]:
-    past = _states(model(input_ids=_ids(PAST), use_cache=True).past_key_values)
+    cache = model(input_ids=_ids(PAST), use_cache=True).past_key_values
+    past, reads = _states(cache), owners(cache)
     example: dict[str, Any] = {
         "input_ids": _ids(LENGTH),
         "attention_mask": torch.ones(BATCH, PAST + LENGTH, dtype=torch.long),
@@ -98,7 +101,7 @@ def _decoder(model: PreTrainedModel) -> list[Program]:
     axes = dict.fromkeys(example, (0, 1)) | {"past_key_values": _axes(past)}
 
     def step(model: PreTrainedModel, past_key_values: dict, **inputs: Tensor) -> dict[str, Any]:
-        out = model(**inputs, past_key_values=_cache(past_key_values), use_cache=True)
+        out = model(**inputs, past_key_values=_cache(past_key_values, reads), use_cache=True)
         return {"logits": out.logits, "present": _states(out.past_key_values)}
 
     return [Program("model", _Named(model, step), example, axes)]
@@ -149,17 +152,26 @@ def _answer(model: PreTrainedModel, **inputs: Tensor) -> dict[str, Tensor]:
 
 
 def _states(cache: Any) -> dict[str, dict[str, Tensor]]:
-    """Keys and values by position, each [batch, heads, length, d]."""
-    layers = getattr(cache, "layers", ())
-    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+    """Keys and values by position, each [batch, heads, length, d]; without those that read another one's."""
+    layers = {
+        i: one for i, one in enumerate(getattr(cache, "layers", ())) if not isinstance(one, ReadingLayer)
+    }
+    if not layers or any(getattr(layer, "keys", None) is None for layer in layers.values()):
         raise ModelError(
             "This model keeps more than keys and values from step to step: it cannot be exported."
         )
-    return {str(i): {"key": layer.keys, "value": layer.values} for i, layer in enumerate(layers)}
+    return {str(i): {"key": layer.keys, "value": layer.values} for i, layer in layers.items()}
 
 
-def _cache(states: dict[str, dict[str, Tensor]]) -> DynamicCache:
-    return DynamicCache([(layer["key"], layer["value"]) for layer in states.values()])
+def _cache(
+    states: dict[str, dict[str, Tensor]], reads: Mapping[int, int] = MappingProxyType({})
+) -> DynamicCache:
+    """A cache of ``states``, in which the positions in ``reads`` read those that these name."""
+    cache = DynamicCache([(layer["key"], layer["value"]) for layer in states.values()])
+    layers: list[Any] = cache.layers
+    for position, owner in sorted(reads.items()):
+        layers.insert(position, ReadingLayer(layers[owner], known=True))
+    return cache
 
 
 def _axes(states: Any) -> Any:

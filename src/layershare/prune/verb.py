@@ -99,6 +99,7 @@ def prune(
         DataError: no batches, or some that do not reach every part.
         PlanError: a stack that is not there, or a sharing plan that does not suit what is left.
     """
+    _refuse_read_keys(model, config)
     stacks = stacks_of(model)
     if config.stacks is not None:
         stacks = tuple(find(stacks, name) for name in config.stacks)
@@ -128,6 +129,16 @@ def prune(
     if plan_of(new) is not None:
         verify(new)
     return new
+
+
+def _refuse_read_keys(model: PreTrainedModel, config: PruneConfig) -> None:
+    """A position that others read keys and values from cannot go, nor can its heads."""
+    plan = plan_of(model)
+    if config.what in ("positions", "heads") and plan and any(g.kv for s in plan.stacks for g in s.groups):
+        raise OptionError(
+            f"the model's plan has kv = true: its {config.what} cannot be pruned.",
+            "Prune neurons or weights.",
+        )
 
 
 def _mark(model: PreTrainedModel, config: PruneConfig) -> None:

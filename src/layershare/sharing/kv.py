@@ -52,9 +52,9 @@ class ReadingLayer(DynamicLayer):
     The first ones are compared. A position that rotates its keys otherwise becomes an ordinary one that keeps its own.
     """
 
-    def __init__(self, owner: DynamicLayer) -> None:
+    def __init__(self, owner: DynamicLayer, *, known: bool = False) -> None:
         super().__init__()
-        self.owner, self.known = owner, False
+        self.owner, self.known = owner, known
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.owner.keys, self.owner.values
@@ -101,7 +101,7 @@ def install_kv(model: nn.Module, maps: Iterable[Sequence[str]]) -> None:
 
 
 def install_readers(model: nn.Module, attentions: Iterable[Sequence[str]]) -> None:
-    """``attentions``: names of the attention modules of a group. The cache keeps what the first one of them put there."""
+    """``attentions``: names of a group's attention modules. The cache keeps what the first of them put there."""
     for owner, *others in attentions:
         place = getattr(model.get_submodule(owner), "layer_idx", None)
         for name in others if isinstance(place, int) else ():
@@ -109,6 +109,13 @@ def install_readers(model: nn.Module, attentions: Iterable[Sequence[str]]) -> No
             module._reads_from = place
             module._forward_pre_hooks[_KEY] = _share_cache
             module._forward_pre_hooks_with_kwargs[_KEY] = True
+
+
+def owners(cache: Any) -> dict[int, int]:
+    """Of each position of a cache that reads another one's keys and values, that one."""
+    layers = getattr(cache, "layers", ())
+    places = {id(layer): i for i, layer in enumerate(layers)}
+    return {i: places[id(one.owner)] for i, one in enumerate(layers) if isinstance(one, ReadingLayer)}
 
 
 def lost_kv(model: nn.Module, maps: Iterable[Sequence[str]]) -> list[str]:
@@ -126,7 +133,7 @@ def lost_kv(model: nn.Module, maps: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _lend(module: nn.Module, _: tuple, output: Tensor) -> None:
-    module._lent.output = output  # type: ignore[union-attr, assignment]
+    module._lent.output = output  # type: ignore[union-attr]
 
 
 def _nothing(_: nn.Module, args: tuple) -> tuple:
@@ -150,14 +157,14 @@ def _read(module: nn.Module, _: tuple, output: Tensor) -> Tensor:
     return found
 
 
-def _share_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _share_cache(module: Any, _: tuple, kwargs: dict[str, Any]) -> None:
     """Let a cache that is still empty at this position read from the first one's."""
     cache = kwargs.get("past_key_values")
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     place, here = module._reads_from, module.layer_idx
     if type(cache) is not DynamicCache or not isinstance(here, int) or cache.offloading:
         return
-    layers = cache.layers
+    layers: list[Any] = cache.layers
     owner = layers[place] if place < len(layers) else None
     empty = here == len(layers) or (
         here < len(layers) and type(layers[here]) is DynamicLayer and not layers[here].is_initialized

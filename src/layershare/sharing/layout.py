@@ -116,7 +116,7 @@ class Layout:
 
     @property
     def lent(self) -> list[tuple[str, ...]]:
-        """The maps to keys and to values that give what the first of them gave: full names of modules, a tuple a kind."""
+        """Maps to keys, and to values, that give what the first of them gave: full names of modules, a tuple a kind."""
         return [job.modules for job in self.jobs if job.kv and len(job.weight.shape) > 1]
 
     @property
@@ -305,7 +305,9 @@ def _keys_and_values(stack: Stack, plan: StackPlan, group: Group, layers: list[i
         why = "have more than one attention" if maps else "have no maps to keys and to values of their own"
         raise PlanError(f"kv = true: {where} {why}.", "Leave kv out of this group.")
     if any(one != found[0] for one in found):
-        raise PlanError(f"kv = true: keys and values of {where} are not alike.", "Group positions of one kind.")
+        raise PlanError(
+            f"kv = true: keys and values of {where} are not alike.", "Group positions of one kind."
+        )
     plain = group.model_copy(update={"merge": "first", "source": None, "rank": 0, "diagonal": False})
     for weight in found[0].values():
         yield Job(stack.name, plain, weight, tuple(layers), kv=True)

@@ -33,7 +33,7 @@ def make_plan(
     parts: part names or globs; default all weight matrices. stack: names of the stacks to share, default all.
     merge, rank: for tied groups, see :class:`~layershare.plan.Group`; ``basis`` takes a rank in place of ``unique``.
         ``stepwise`` picks evenly spaced positions, one for each unique layer, wherever its users are (2410.20672).
-    kv: the first position of each tied group computes keys and values for all of it (cross-layer attention, 2405.12981).
+    kv: the first position of each tied group computes keys and values for all of it (cross-layer, 2405.12981).
 
     Raises :class:`~layershare.errors.PlanError` naming the nearest preset, stack or part, or the least budget possible.
     """
@@ -44,7 +44,9 @@ def make_plan(
             f"preset {preset!r} takes no {f'merge {merge!r}' if merge != 'mean' else f'rank {rank}'}."
         )
     if kv and preset not in presets.PRESETS:
-        raise PlanError(f"preset {preset!r} takes no kv: it ties no whole groups.", nearest("adjacent", presets.PRESETS))
+        raise PlanError(
+            f"preset {preset!r} takes no kv: it ties no whole groups.", nearest("adjacent", presets.PRESETS)
+        )
     name, number = ("rank", rank or None) if preset in BASES else ("unique", unique)
     if preset in BASES and unique is not None:
         raise PlanError(f"preset {preset!r} takes no unique = {unique}.", "Give its rank, or a budget.")
