@@ -73,7 +73,7 @@ def main() -> None:
 def section(kind: str, width: int, work: Path, options: argparse.Namespace) -> list[str]:
     """The table of one kind of model and one width, and what it says."""
     folders = {unique: model(kind, width, unique, work) for unique in (DEPTH, 3, 1)}
-    named = {"dense, PyTorch": folders[DEPTH]}
+    named = {"dense, PyTorch": folders[DEPTH], "3 unique, PyTorch": folders[3]}
     for unique, folder in folders.items():
         label = "dense" if unique == DEPTH else f"{unique} unique"
         if kind == "encoder" and unique > 1:
