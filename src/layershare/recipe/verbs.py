@@ -119,12 +119,13 @@ class PretrainStage(Stage, PretrainConfig):
 class FinetuneStage(Stage, FinetuneConfig):
     model: str
     new_head: bool = False
+    size: dict[str, Any] = Field({}, description="Keys of a fresh model's config with other values.")
 
     def make(self, models: Models, data: Source | None, out: Path, seed: int) -> None:
         given = self.source(data)
         finetune(
             models["model"], given.paths, out, task=given.kind, validation=given.validation, test=given.test,
-            columns=given.columns, new_head=self.new_head, config=self.taken(FinetuneConfig),
+            columns=given.columns, new_head=self.new_head, size=self.size, config=self.taken(FinetuneConfig),
         )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layershare.errors import LayershareError, ModelError, StoreError
+from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
+
+PICTURES = ("AutoImageProcessor", "AutoProcessor")
 
 
 def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedModel:
@@ -54,7 +56,28 @@ def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreT
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of the model. Raises ModelError if it has none."""
-    return _open(model, transformers.AutoTokenizer.from_pretrained)
+    return load_processor(model, "AutoTokenizer")
+
+
+def load_processor(model: str | Path, auto_class: str) -> Any:
+    """What turns texts, images or sounds into what the model reads. Raises ModelError if it has none, and
+    DependencyError where that needs a library which is not there.
+
+    auto_class: name of the transformers class to load it with: AutoTokenizer, AutoImageProcessor,
+    AutoFeatureExtractor or AutoProcessor. Images are prepared with Pillow and numpy, also where torchvision is
+    installed: the same pixels everywhere.
+    """
+    options = {"backend": "pil"} if auto_class in PICTURES else {}
+    try:
+        return _open(
+            model, lambda source: getattr(transformers, auto_class).from_pretrained(source, **options)
+        )
+    except ImportError as error:
+        needs = " ".join(str(error).split())[:200]
+        raise DependencyError(
+            f"What goes before {model} needs a library that is not installed ({needs}).",
+            "pip install 'layershare[vision,speech]'",
+        ) from None
 
 
 def sketch(model: str | Path) -> PreTrainedModel:
