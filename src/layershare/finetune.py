@@ -176,6 +176,10 @@ def _fresh(start: Start, kind: Task, data: Data, seed: int) -> tuple[Any, Any]:
     assert kind.head is not None
     for name, value in kind.head(data).items():
         setattr(start.config, name, value)
+    names = HEADS[kind.auto_class].get(start.config.model_type)
+    if names is None:
+        raise ModelError(f"{start.config.model_type} has no head for {kind.name} in transformers.")
+    start.config.architectures = [names if isinstance(names, str) else names[0]]  # DeiT has two
     processor = kind.fresh(start.config)
     torch.manual_seed(seed)
     try:

@@ -15,8 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
 
-PICTURES = ("AutoImageProcessor", "AutoProcessor")
-
 
 def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedModel:
     """The model in evaluation mode, on the CPU, in the precision of its checkpoint.
@@ -67,7 +65,7 @@ def load_processor(model: str | Path, auto_class: str) -> Any:
     AutoFeatureExtractor or AutoProcessor. Images are prepared with Pillow and numpy, also where torchvision is
     installed: the same pixels everywhere.
     """
-    options = {"backend": "pil"} if auto_class in PICTURES else {}
+    options = {"backend": "pil"} if auto_class == "AutoImageProcessor" else {}
     try:
         return _open(
             model, lambda source: getattr(transformers, auto_class).from_pretrained(source, **options)

@@ -61,15 +61,18 @@ def counts(rows: Any, config: Any = None) -> dict[Any, list[int]]:  # noqa: ARG0
 
 def fresh_processor(config: Any) -> Any:
     """The image processor of a model that is made from this config alone: its type's own, to the config's size."""
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.image_processing_auto import (
+        IMAGE_PROCESSOR_MAPPING_NAMES,
+        get_image_processor_class_from_name,
+    )
 
     _pillow()
-    known = IMAGE_PROCESSOR_MAPPING.get(type(config), None)
-    if not known or known.get("pil") is None:
+    name = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
+    if name is None:
         raise ModelError(
             f"transformers has no image processor for {config.model_type} that needs only Pillow."
         )
-    made = known["pil"]()
+    made: Any = get_image_processor_class_from_name(name)()  # type: ignore[no-untyped-call]
     size = getattr(config, "image_size", None)
     if size is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
