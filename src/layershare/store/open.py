@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,16 @@ def local_folder(model: str | Path) -> Path:
 def copy_preprocessing(model: str | Path, folder: Path) -> None:
     """Give ``folder`` what goes before and behind ``model``: its tokenizer or image processor, if one can be loaded,
     and the modules of a Sentence Transformer (pooling, normalisation)."""
-    # A model of plain tensors has no processor, and an image processor may need a library that is not there.
-    with suppress(ModelError, ImportError):
-        _open(model, transformers.AutoProcessor.from_pretrained).save_pretrained(folder)
+    # A model of plain tensors has no processor, one may need a library that is not there, and a speech model without a
+    # vocabulary has only half of its type's.
+    for name in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
+        try:
+            load_processor(model, name).save_pretrained(folder)
+        except Exception as error:  # transformers raises whatever its processors raise
+            logging.getLogger(__name__).debug("%s: %s (%s)", model, name, error)
+            continue
+        if name == "AutoProcessor":
+            break
     source = local_folder(model)
     if not (source / "modules.json").is_file():
         return
