@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from layershare.finetune import FinetuneConfig, finetune
 from layershare.heal.config import DistillConfig
 from layershare.heal.folder import heal_folder
 from layershare.measure.compare import compare
+from layershare.recipe import load, run
 from layershare.sharing.folder import share_folder
 from layershare.tasks import get_task
 from layershare.tasks.calibration import sample_batches
@@ -225,3 +227,26 @@ def test_an_image_that_changed_during_a_run_stops_it(teacher: Path, folder: Path
     (tmp_path / "one.png").write_bytes((folder / "light" / "00.png").read_bytes())
     with pytest.raises(DataError, match=r"one\.png has changed"):
         TASK.collate(processor, list(TASK.encode(processor, data.train, 0)))
+
+
+def test_the_committed_recipe_runs_from_end_to_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    quick = partial(compare, runs=1, seconds=0, memory=False, batches=(1,))
+    monkeypatch.setattr("layershare.measure.evaluate.compare", quick)
+    data = json.dumps({"task": TASK.name, "files": [str(folder)]})
+    short = [
+        f"data={data}",
+        "teacher.steps=4",
+        "teacher.batch_size=8",
+        "distilled.steps=2",
+        "distilled.batch_size=8",
+    ]
+    recipe = load(Path(__file__).parent.parent / "recipes" / "vision.yaml", short)
+    report = run(recipe, tmp_path / "out")
+    models = json.loads((tmp_path / "out" / "report" / "result.json").read_text())["models"]
+    assert [model["label"] for model in models] == ["teacher", "shared", "distilled"]
+    for model in models:
+        (planned,) = (one.parameters for one in report.planned if one.name == model["label"])
+        assert model["parameters_unique"] == planned
+    assert {one.state for one in run(recipe, tmp_path / "out").planned} == {"done"}
