@@ -234,6 +234,7 @@ class _Predict(Protocol):
         model: Any,
         processor: Any,
         dataset: "Dataset",
+        /,
         *,
         batch_size: int = 64,
         max_length: int | None = None,
@@ -245,8 +246,9 @@ def evaluator(predict: _Predict) -> Evaluate:
 
     def evaluate(
         model: Any,
-        tokenizer: Any,
+        processor: Any,
         dataset: "Dataset",
+        /,
         *,
         batch_size: int = 64,
         max_length: int | None = None,
@@ -259,10 +261,10 @@ def evaluator(predict: _Predict) -> Evaluate:
         answer = answer_of(dataset)
         if not answer:
             raise DataError("The test data has no labels.", "Give rows with a label.")
-        ours = predict(model, tokenizer, dataset, **options)
+        ours = predict(model, processor, dataset, **options)
         figures = METRICS[answer](truth(dataset, model.config), ours)
         if teacher is not None:
-            theirs = ours if teacher is model else predict(teacher, tokenizer, dataset, **options)
+            theirs = ours if teacher is model else predict(teacher, processor, dataset, **options)
             same = sum(a == b for a, b in zip(theirs, ours, strict=True)) / len(ours)
             figures["agreement"] = _correlations(theirs, ours)["pearson"] if answer == "score" else same
         return figures

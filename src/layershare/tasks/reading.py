@@ -147,7 +147,8 @@ def _convert(
     rows: Rows = {role: [] for role in chosen}
     for table in tables:
         bad: dict[int, str] = {}
-        near = {role: partial(make, folder=Path(table.path).parent) for role, make in beside.items()}
+        folder = Path(table.path).parent
+        near = {role: partial(_beside, make, folder) for role, make in beside.items()}
         columns = {
             role: cells(table, name, near.get(role) or convert[role], None if skipped is None else bad)
             for role, name in chosen.items()
@@ -167,6 +168,10 @@ def _convert(
         for role, values in columns.items():
             rows[role] += [value for row, value in enumerate(values) if row not in bad]
     return rows
+
+
+def _beside(make: Callable[[Any, Path], Any], folder: Path, cell: Any) -> Any:
+    return make(cell, folder)
 
 
 def _texts(rows: Mapping[str, list[Any]]) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layershare.errors import DependencyError
+from layershare.errors import DependencyError, ModelError
 from layershare.tasks.media import Medium, folder_tables, medium, stream
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ folders = partial(folder_tables, role="audio", suffixes=SUFFIXES)
 def samples(one: Medium, rate: int) -> "np.ndarray":
     """The sound as one channel at ``rate`` samples a second, float32 in -1 to 1."""
     import numpy as np
-    from scipy.signal import resample_poly  # type: ignore[import-untyped]
+    from scipy.signal import resample_poly
 
     found, own = _soundfile().read(stream(one), dtype="float32", always_2d=True)
     mono = found.mean(1)
@@ -121,7 +121,10 @@ def fresh_processor(config: Any) -> Any:
     over time also reads a mask."""
     from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-    made = FEATURE_EXTRACTOR_MAPPING[type(config)]()
+    known: Any = FEATURE_EXTRACTOR_MAPPING.get(type(config), None)
+    if known is None:
+        raise ModelError(f"transformers has no feature extractor for {config.model_type}.")
+    made = known()
     if hasattr(config, "feat_extract_norm"):
         made.return_attention_mask = config.feat_extract_norm == "layer"
     return made
@@ -129,7 +132,7 @@ def fresh_processor(config: Any) -> Any:
 
 def _soundfile() -> Any:
     try:
-        import soundfile
+        import soundfile  # type: ignore[import-untyped]
     except ImportError:
         raise DependencyError("Sounds need soundfile.", "pip install 'layershare[speech]'") from None
     return soundfile

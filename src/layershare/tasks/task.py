@@ -116,12 +116,12 @@ class _Read(Protocol):
 
 class _Encode(Protocol):
     def __call__(
-        self, tokenizer: Any, dataset: "Dataset", max_length: int, config: Any = None
+        self, processor: Any, dataset: "Dataset", max_length: int, config: Any = None, /
     ) -> "Dataset": ...
 
 
 class _Collate(Protocol):
-    def __call__(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> "dict[str, Tensor]": ...
+    def __call__(self, processor: Any, rows: Sequence[Mapping[str, Any]], /) -> "dict[str, Tensor]": ...
 
 
 class _Counts(Protocol):
@@ -152,8 +152,9 @@ class Evaluate(Protocol):
     def __call__(
         self,
         model: Any,
-        tokenizer: Any,
+        processor: Any,
         dataset: "Dataset",
+        /,
         *,
         batch_size: int = 64,
         max_length: int | None = None,

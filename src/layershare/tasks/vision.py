@@ -72,7 +72,7 @@ def fresh_processor(config: Any) -> Any:
         raise ModelError(
             f"transformers has no image processor for {config.model_type} that needs only Pillow."
         )
-    made: Any = get_image_processor_class_from_name(name)()  # type: ignore[no-untyped-call]
+    made: Any = get_image_processor_class_from_name(name)()
     size = getattr(config, "image_size", None)
     if size is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
