@@ -16,7 +16,7 @@ from layershare.heal.cache import TeacherOutputs
 from layershare.heal.collator import Collator
 from layershare.heal.config import DistillConfig, LossWeights
 from layershare.heal.distill import distill, loss_terms
-from layershare.heal.fit import check_tokenizers
+from layershare.heal.fit import check_processors
 from layershare.heal.layers import kept_layers, matching_layers
 from layershare.heal.questions import questions
 from layershare.heal.relations import attention_maps, capture
@@ -577,9 +577,9 @@ def test_tokenizers_that_give_other_ids():
         def get_vocab(self):
             return {word: i for i, word in enumerate(self.words)}
 
-    check_tokenizers(Words("a", "b"), Words("a", "b"))
+    check_processors(Words("a", "b"), Words("a", "b"))
     with pytest.raises(ModelError, match=r"differ in 2 tokens \(one is 'a'\)"):
-        check_tokenizers(Words("b", "a"), Words("a", "b"))
+        check_processors(Words("b", "a"), Words("a", "b"))
 
 
 def test_a_layer_map_must_name_layers_that_are_there(tiny, tokenizer, data, tmp_path):

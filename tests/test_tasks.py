@@ -10,11 +10,11 @@ import torch
 
 from layershare.errors import DataError, LayershareError, ModelError, OptionError
 from layershare.tasks import TASKS, get_task
+from layershare.tasks.classification import label_ids
 from layershare.tasks.encoding import batches, pad, usable_length
 from layershare.tasks.files import read_table
 from layershare.tasks.sentence_embedding import embed
 from layershare.tasks.splits import leaks, split_rows, text_key
-from layershare.tasks.text_classification import label_ids
 
 EMBEDDING: Any = TASKS["sentence-embedding"]
 CLASSIFICATION: Any = TASKS["text-classification"]

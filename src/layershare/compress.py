@@ -31,7 +31,7 @@ from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
     load_model,
-    load_tokenizer,
+    load_processor,
     local_folder,
     new_folder,
     sketch,
@@ -136,7 +136,7 @@ class _Job:
     def moments(self, calibration: list[dict[str, Any]]) -> Moments:
         """What sharing needs to know of the original; measured once."""
         if self._moments is None:
-            self.say(f"measure what {len(calibration)} batches of texts do in the original")
+            self.say(f"measure what {len(calibration)} batches of {self.kind.unit}s do in the original")
             self._moments = measure(self.teacher, calibration, answer=answer_of(self.kind))
         return self._moments
 
@@ -167,7 +167,7 @@ class _Job:
 
     def _fill(self, wanted: dict[str, Any], folder: Path) -> tuple[dict[str, float], list[dict]]:
         seconds: dict[str, float] = {}
-        tokenizer = load_tokenizer(self.folder)
+        tokenizer = load_processor(self.folder, self.kind.processor)
         batches = sample_batches(self.kind, tokenizer, self.data, self.teacher.config)
         with timed("plan", seconds):
             if not (saved := folder / "plan.toml").exists():
@@ -181,7 +181,7 @@ class _Job:
                 known = self.moments(batches) if plan.uses_activations else None
                 student = share(self.teacher, plan, calibration=known)
         with timed("heal", seconds):
-            self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} texts")
+            self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} {self.kind.unit}s")
             history = distill(
                 student, self.teacher, tokenizer, self.kind, self.data, self.config, folder,
                 layer_map=layer_map(plan, student),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from pydantic import Field
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
@@ -14,17 +15,21 @@ from transformers.models.auto import modeling_auto as auto
 from layershare.errors import DataError, ModelError, OptionError
 from layershare.heal.best import Best
 from layershare.heal.collator import Collator
+from layershare.heal.fit import vocabulary
 from layershare.measure.brief import brief, result_of, spread, timed
+from layershare.pretrain.start import Start, find_start
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import load_tokenizer, load_under_head, new_folder, sketch
+from layershare.store.open import load_processor, load_under_head, new_folder, sketch
 from layershare.tasks import TASKS, Data, Task, get_task
-from layershare.tasks.encoding import usable_length
+from layershare.tasks.encoding import lengths, usable_length
 from layershare.train import TrainConfig, train
 
 HEADS: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForAudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
 """Auto class -> model type -> class, of the tasks whose models have a head for the labels of the data."""
 
@@ -34,7 +39,7 @@ class FinetuneConfig(TrainConfig):
 
     steps: int = Field(0, ge=0, description="Optimizer steps; 0: `epochs` times through the data.")
     epochs: float = Field(5.0, gt=0, description="Times through the training data, at most.")
-    batch_size: int = Field(32, ge=1, description="Texts a step, over all devices together.")
+    batch_size: int = Field(32, ge=1, description="Inputs a step, over all devices together.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak of the learning rate (AdamW).")
     max_length: int = Field(128, ge=4, description="Longer texts are cut to this many tokens.")
     judge_every: int = Field(
@@ -55,6 +60,7 @@ def finetune(
     out: str | Path,
     *,
     task: str | Task = "text-classification",
+    size: Mapping[str, Any] | None = None,
     validation: str | Path | None = None,
     test: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
@@ -71,8 +77,10 @@ def finetune(
 
     Args:
         model: a folder or hub name: an encoder, a decoder or an encoder-decoder, shared or not. For classification a
-            head is added, with the labels of the data by name; a model that has one keeps it and its labels.
+            head is added, with the labels of the data by name; a model that has one keeps it and its labels. For
+            images and sounds also a model type (``vit``) or a JSON file with a config: a model of random weights.
         task: a name, or what :func:`layershare.tasks.get_task` made of it and its settings.
+        size: keys of a fresh model's config with other values.
         data, validation, test: files, see :mod:`layershare.tasks`; parts without a file are held out of ``data``.
         columns: role -> column where it is not found by its usual name.
         new_head: replace a head that is there, for other labels.
@@ -97,8 +105,12 @@ def finetune(
     found = kind.read(data, validation=judged_on, test=tested, columns=columns, seed=config.seed)
     _refuse_unseen(found)
     seconds: dict[str, float] = {}
-    tokenizer = load_tokenizer(model)
-    net = _model(model, kind, found, tokenizer, new_head, config.seed)
+    fresh = _fresh_start(model, kind, size)
+    if fresh is not None:
+        tokenizer, net = _fresh(fresh, kind, found, config.seed)
+    else:
+        tokenizer = load_processor(model, kind.processor)
+        net = _model(model, kind, found, tokenizer, new_head, config.seed)
     length = usable_length(tokenizer, net.config, config.max_length)
     assert found.train is not None
     rows = kind.encode(tokenizer, found.train, length, net.config)
@@ -120,7 +132,7 @@ def finetune(
         with timed("train", seconds):
             history = train(
                 net, rows, Collator(tokenizer, collate=kind.collate), _loss(kind, config), config, folder,
-                resume=resume, quiet=quiet, callbacks=[best],
+                resume=resume, quiet=quiet, callbacks=[best], lengths=lengths(kind.counts(rows), rows),
             )  # fmt: skip
         net.cpu()
         best.restore(net)
@@ -132,7 +144,8 @@ def finetune(
             made.save(folder / "plan.toml")
         result = result_of(
             [before, brief("after", net, metrics, folder)],
-            source=model, task=kind, metric=metric, data=found.describe(), seed=config.seed, settings=config,
+            source=model if fresh is None else fresh.name, task=kind, metric=metric,
+            data=found.describe(), seed=config.seed, settings=config,
             plan=made, history=[entry for entry in history if entry["step"] <= best.last], seconds=seconds,
             threads=torch.get_num_threads(),
             notes=[
@@ -147,6 +160,36 @@ def finetune(
     return result
 
 
+def _fresh_start(model: str | Path, kind: Task, size: Mapping[str, Any] | None) -> Start | None:
+    """What ``model`` is made from; None for a checkpoint."""
+    if kind.fresh is None:
+        if size:
+            raise OptionError(f"A model for {kind.name} is not made here.", "Make one with pretrain.")
+        return None
+    start = find_start(model, size)
+    return start if start.checkpoint is None else None
+
+
+def _fresh(start: Start, kind: Task, data: Data, seed: int) -> tuple[Any, Any]:
+    """(processor, model of random weights in float32) of a config, with a head for the labels of the data."""
+    assert kind.fresh is not None
+    assert kind.head is not None
+    for name, value in kind.head(data).items():
+        setattr(start.config, name, value)
+    names = HEADS[kind.auto_class].get(start.config.model_type)
+    if names is None:
+        raise ModelError(f"{start.config.model_type} has no head for {kind.name} in transformers.")
+    start.config.architectures = [names if isinstance(names, str) else names[0]]  # DeiT has two
+    processor = kind.fresh(start.config)
+    torch.manual_seed(seed)
+    try:
+        net = getattr(transformers, kind.auto_class).from_config(start.config).float()
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(f"{start.name}: no model can be made of this config ({why}).") from error
+    return processor, net.eval()
+
+
 def _model(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_head: bool, seed: int) -> Any:
     """The model in float32, with a head for the labels of the data where the task has one."""
     if kind.head is not None:
@@ -157,8 +200,9 @@ def _model(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_head: 
         torch.manual_seed(seed)  # a head that the checkpoint lacks is drawn
         net = load_under_head(model, kind.auto_class).float()
         kind.check(data, net.config)
-    most = net.get_input_embeddings().num_embeddings
-    if (tokens := max(tokenizer.get_vocab().values()) + 1) > most:
+    most = vocabulary(net)
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    if most is not None and (tokens := max(words.get_vocab().values()) + 1) > most:
         raise ModelError(
             f"The tokenizer has {tokens} tokens, the model only {most}.", "They do not belong together."
         )
@@ -188,7 +232,8 @@ def _with_head(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_he
     if has_head and new_head:
         torch.manual_seed(seed)
         _renew_head(net)
-    if net.config.pad_token_id is None:  # decoders look for the last token that is not padding
+    # Decoders look for the last token that is not padding.
+    if vocabulary(net) is not None and net.config.pad_token_id is None:
         fill = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         net.config.pad_token_id = next(token for token in fill if token is not None)
     return net

@@ -19,7 +19,7 @@ Task = Annotated[
     str,
     typer.Option(
         help="What the model is for: sentence-embedding, text-classification, token-classification, translation, "
-        "summarization, masked-lm, causal-lm or span-corruption."
+        "summarization, masked-lm, causal-lm, span-corruption, image-classification or audio-classification."
     ),
 ]
 TaskSet = Annotated[
@@ -35,7 +35,8 @@ SkipBad = Annotated[
 Data = Annotated[
     list[Path],
     typer.Option(
-        help="CSV, TSV, JSONL or Parquet file, or OWNER/NAME of a data set on the hub; may be given several times."
+        help="CSV, TSV, JSONL or Parquet file, a folder of images or sounds, or OWNER/NAME of a data set on the hub; "
+        "may be given several times."
     ),
 ]
 Test = Annotated[Path | None, typer.Option(help="File to report on; default: a part of the data, held out.")]

@@ -106,6 +106,7 @@ class Result(_Saved):
     task: str = Field("", description="what the model is for; nothing where that was not asked")
     metric: str = Field("", description="name of the headline metric, a key of Figures.metrics")
     higher_is_better: bool = True
+    unit: str = Field("text", description="what one input is: a text, an image")
     data: Annotated[dict[str, Any], Plain] = Field(default_factory=dict, description="files, sha256, sizes")
     seed: int | None = None
     command: str = ""
@@ -191,7 +192,9 @@ class Result(_Saved):
             _row("weights on disk", "{:.1f} MB", [_scaled(model.bytes_on_disk, 1e-6) for model in models]),
             _row("peak memory", "{:.1f} MB", [_scaled(model.peak_memory_bytes, 1e-6) for model in models]),
             _row(
-                "compute per text", "{:.3f} GFLOP", [_scaled(model.flops_per_text, 1e-9) for model in models]
+                f"compute per {self.unit}",
+                "{:.3f} GFLOP",
+                [_scaled(model.flops_per_text, 1e-9) for model in models],
             ),
         ]
         for batch, tokens in sorted(shapes, key=lambda shape: (shape[0], shape[1] or 0)):

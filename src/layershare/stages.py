@@ -107,6 +107,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def hash_of(file: Path) -> Any:
-    """The SHA-256 of a file, as an object of hashlib."""
+    """The SHA-256 of a file, as an object of hashlib; of a folder, that of the names and bytes of all files in it."""
+    if file.is_dir():
+        found = hashlib.sha256()
+        for one in sorted(file.rglob("*")):
+            if one.is_file():
+                found.update(f"{one.relative_to(file)} {hash_of(one).hexdigest()}\n".encode())
+        return found
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256")

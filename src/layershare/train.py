@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from layershare.config import Config
 from layershare.errors import OptionError, TrainingError
 from layershare.heal.callbacks import Ema, Guard, Progress, Terms, kept
-from layershare.heal.checkpoints import digest, resume_point
+from layershare.heal.checkpoints import digest, digest_rows, resume_point
 from layershare.prune.masks import held
 
 ComputeLoss = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
@@ -44,7 +44,7 @@ class TrainConfig(Config):
     """How to train. Every method's config has these fields."""
 
     steps: int = Field(400, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(64, ge=1, description="Texts a step, over all devices together.")
+    batch_size: int = Field(64, ge=1, description="Inputs a step, over all devices together.")
     learning_rate: float = Field(5e-4, gt=0, description="Peak of the learning rate (AdamW).")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which it rises from 0.")
     schedule: Literal["linear", "cosine"] = Field("linear", description="How it falls to 0 after that.")
@@ -72,14 +72,14 @@ def train(
     resume: bool = True,
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    lengths: Sequence[int] | None = None,
     made_of: Mapping[str, str] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, with checkpoints in ``out/checkpoints``, and leave it in eval mode.
 
     Args:
         model: a PreTrainedModel; checkpoints go through its ``save_pretrained``.
-        dataset: rows of token ids (``datasets.Dataset`` with ``input_ids``, and ``labels`` where there are any), of any
-            lengths.
+        dataset: rows of what the collator takes (``datasets.Dataset``, with ``labels`` where there are any).
         collator: rows -> batch, see :data:`Collator`.
         compute_loss: see :data:`ComputeLoss`.
         config: how to train.
@@ -88,6 +88,7 @@ def train(
         quiet: no progress on the terminal (standard error).
         callbacks: told of every step, for example to judge and stop. What they need to know after a resume must
             follow from the log history, which is part of a checkpoint.
+        lengths: of the rows' inputs, to batch those of equal length together; default: of their ``input_ids``.
         made_of: name -> hash of what else decides the run, as the teacher; checkpoints of another are refused.
 
     Returns:
@@ -102,20 +103,22 @@ def train(
             stops at once.
     """
     folder = Path(out) / "checkpoints"
-    ids = dataset["input_ids"][:]
-    if not ids:
-        raise TrainingError("There is no text to train on.")
+    if not len(dataset):
+        raise TrainingError("There is nothing to train on.")
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(
             "No parameter of the model is trainable.", "Nothing would change; check what is frozen."
         )
-    order = length_grouped_order([len(row) for row in ids], config.batch_size, config.steps, config.seed)
+    if lengths is None:
+        lengths = [len(row) for row in dataset["input_ids"]]
+    order = length_grouped_order(lengths, config.batch_size, config.steps, config.seed)
     state = PartialState()
     with state.main_process_first():
         told = dict(made_of or {})
+        inputs = digest_rows(dataset)
         if "labels" in getattr(dataset, "column_names", ()):
             told["labels"] = digest(dataset["labels"])
-        checkpoint = resume_point(folder, model, ids, config.model_dump(mode="json"), resume, told)
+        checkpoint = resume_point(folder, model, inputs, config.model_dump(mode="json"), resume, told)
     world = state.num_processes
     if config.batch_size % world:
         raise OptionError(f"batch_size {config.batch_size} cannot be shared out evenly to {world} processes.")

@@ -11,11 +11,11 @@ from layershare.adapt.config import AdaptConfig
 from layershare.adapt.labels import check_labelled, learn
 from layershare.adapt.matching import MatchConfig, match
 from layershare.adapt.methods import adapt, load_peft
-from layershare.heal.fit import check_labels, check_tokenizers, check_words
+from layershare.heal.fit import check_labels, check_processors, check_words
 from layershare.measure.brief import Judge, brief, result_of, timed
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
+from layershare.store.open import copy_preprocessing, load_model, load_processor, new_folder
 from layershare.tasks import Task, get_task
 
 
@@ -49,14 +49,14 @@ def adapt_folder(
     found = kind.read(data, columns=columns, test=test, validation=validation, seed=training.seed)
     seconds: dict[str, float] = {}
     with new_folder(out, resume=True) as folder:
-        base, tokenizer = load_model(model, kind.auto_class), load_tokenizer(model)
+        base, tokenizer = load_model(model, kind.auto_class), load_processor(model, kind.processor)
         kind.check(found, base.config)
         if teacher is None:
             check_labelled(kind)
             large = None
         else:
             large = load_model(teacher, kind.auto_class)
-            check_tokenizers(tokenizer, load_tokenizer(teacher))
+            check_processors(tokenizer, load_processor(teacher, kind.processor))
             check_words(base, large, tokenizer)
             if kind.head is not None:
                 check_labels(base.config, large.config)

@@ -9,7 +9,7 @@ from layershare.adapt.matching import MatchConfig
 from layershare.adapt.trainable import fit
 from layershare.errors import DataError, OptionError
 from layershare.tasks import Data, Task
-from layershare.tasks.encoding import usable_length
+from layershare.tasks.encoding import lengths, usable_length
 
 
 def learn(
@@ -42,7 +42,8 @@ def learn(
         outputs = task.forward(wrapped, {name: batch[name] for name in task.inputs if name in batch})
         return {"labels": task.loss(outputs, batch["labels"])}
 
-    return fit(model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet)
+    long = lengths(task.counts(dataset), dataset)
+    return fit(model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet, lengths=long)
 
 
 def check_labelled(task: Task) -> None:

@@ -13,6 +13,7 @@ from layershare.heal.cache import model_hash
 from layershare.heal.fit import check_words
 from layershare.tasks import Data, Task
 from layershare.tasks.calibration import encode_inputs
+from layershare.tasks.encoding import lengths
 from layershare.train import TrainConfig
 
 
@@ -82,8 +83,9 @@ def match(
 
     made_of = {"teacher": model_hash(large)}
     return fit(
-        model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet, made_of=made_of
-    )
+        model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet, made_of=made_of,
+        lengths=lengths(task.counts(dataset), dataset),
+    )  # fmt: skip
 
 
 def _answer(outputs: Any) -> Tensor:

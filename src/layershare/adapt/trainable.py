@@ -1,6 +1,6 @@
 """Training adapters with the one training entry: what it sees are the trainable parameters, and nothing else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,9 +54,11 @@ def fit(
     *,
     resume: bool = True,
     quiet: bool = False,
+    lengths: Sequence[int] | None = None,
     made_of: Mapping[str, str] | None = None,
 ) -> list[dict[str, float]]:
     """:func:`layershare.train.train` for a PeftModel: trains its adapters and head in place, exactly resumable."""
     return train(
-        Trainable(model), dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet, made_of=made_of
+        Trainable(model), dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet, lengths=lengths,
+        made_of=made_of,
     )  # fmt: skip

@@ -29,8 +29,8 @@ def pretrain(
 def finetune(
     model: opt.Model, *, data: opt.Data, out: opt.Out, task: opt.Task = "text-classification", test: opt.Test = None,
     validation: opt.Validation = None, column: opt.Column = None, new_head: opt.NewHead = False,
-    steps: opt.TrainSteps = None, seed: opt.Seed = 0, settings: opt.Set = None, anew: opt.Anew = False,
-    task_set: opt.TaskSet = None, skip_bad: opt.SkipBad = False,
+    size: opt.Size = None, steps: opt.TrainSteps = None, seed: opt.Seed = 0, settings: opt.Set = None,
+    anew: opt.Anew = False, task_set: opt.TaskSet = None, skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
     """Train a model on labelled data, stop early, keep the best. Run again, it goes on where it stopped."""
     from layershare.finetune import FinetuneConfig, finetune
@@ -38,7 +38,7 @@ def finetune(
     own = {"seed": seed} | ({"steps": steps} if steps else {})
     result = finetune(
         model, data, out, task=task_of(task, task_set, skip_bad), validation=validation, test=test,
-        columns=columns(column), new_head=new_head,
+        columns=columns(column), new_head=new_head, size=values(size, "--size"),
         config=FinetuneConfig.parse(own | values(settings, "--set")), resume=not anew,
     )  # fmt: skip
     return made(result, out)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from layershare.errors import OptionError
+from layershare.heal.checkpoints import digest_rows
 from layershare.heal.disk import megabytes, open_array, write_arrays
 from layershare.heal.losses import TopLogits
 from layershare.heal.teacher import Ask, Target, Wanted, live
 from layershare.tasks import Task
-from layershare.tasks.encoding import batches
+from layershare.tasks.encoding import batches, rows_at
 from layershare.tasks.task import Axis
 
 FORMAT = 1
@@ -69,10 +70,10 @@ class TeacherOutputs:
         self._device = torch.device(device) if device is not None else next(teacher.parameters()).device
         self._batch_size, self._half = batch_size, half
         self._rows = list(range(len(dataset))) if rows is None else sorted(set(rows))
-        names = [name for name in task.inputs if name in dataset.column_names]
-        columns = {name: dataset[name][:] for name in names}
-        self._encoded = {name: [column[i] for i in self._rows] for name, column in columns.items()}
-        lengths = {axis: torch.tensor(counts) for axis, counts in task.counts(self._encoded).items()}
+        asked = [name for name in dataset.column_names if name != "labels" or name in task.inputs]
+        self._encoded = dataset.select_columns(asked).select(self._rows)
+        counts = task.counts(self._encoded, teacher.config)
+        lengths = {axis: torch.tensor(each) for axis, each in counts.items()}
         none = torch.zeros(1, dtype=torch.long)
         self._starts = {axis: torch.cat([none, each.cumsum(0)]) for axis, each in lengths.items()}
         self._place = torch.full((len(dataset),), -1)
@@ -92,7 +93,7 @@ class TeacherOutputs:
         sizes = {name: stream.size(self._entries(stream.axis)) for name, stream in chosen.items()}
         each = ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items())
         tokens = sum(self._entries(axis) for axis in self._starts)
-        what = f"{len(self._rows):,} texts" + (f" of {tokens:,} tokens" if tokens else "")
+        what = f"{len(self._rows):,} {self._task.unit}s" + (f" of {tokens:,} tokens" if tokens else "")
         return f"{megabytes(sum(sizes.values()))} for {what} ({each})"
 
     def in_memory(self) -> Ask:
@@ -138,10 +139,7 @@ class TeacherOutputs:
         """A hash of everything that decides what the teacher says of the texts."""
         digest = hashlib.sha256(json.dumps([FORMAT, self._task.name]).encode())
         digest.update(model_hash(self._teacher).encode())
-        for name, column in self._encoded.items():
-            digest.update(name.encode())
-            for row in column:
-                digest.update(np.asarray(row).tobytes() + b"/")
+        digest.update(digest_rows(self._encoded, ()).encode())
         return digest.hexdigest()[:16]
 
     def _entries(self, axis: Axis | None) -> int:
@@ -158,13 +156,13 @@ class TeacherOutputs:
 
     def _say(self, where: Sequence[int], ask: Ask) -> list[tuple[str, tuple[Tensor, Axis | None]]]:
         """What the teacher says of some texts (numbers among the rows kept), as named streams, in one batch."""
-        rows = [{name: column[i] for name, column in self._encoded.items()} for i in where]
-        return list(self._ask(self._task.collate(self._tokenizer, rows), where, ask).items())
+        batch = self._task.collate(self._tokenizer, rows_at(self._encoded, where))
+        return list(self._ask(batch, where, ask).items())
 
     def _ask(
         self, batch: Mapping[str, Tensor], where: Sequence[int], ask: Ask
     ) -> dict[str, tuple[Tensor, Axis | None]]:
-        inputs = {name: values.to(self._device) for name, values in batch.items()}
+        inputs = {name: batch[name].to(self._device) for name in self._task.inputs if name in batch}
         at = torch.tensor(where)
         masks = {axis: self._mask(axis, at).to(self._device) for axis in self._starts}
         return _flat(ask(inputs, at), masks, self._wanted)
@@ -176,7 +174,8 @@ class TeacherOutputs:
 
     def _fill(self, arrays: Mapping[str, Tensor]) -> None:
         ask = live(self._teacher, self._task, self._wanted)
-        for where, batch in batches(self._tokenizer, self._encoded, self._batch_size, self._task.collate):
+        task, size = self._task, self._batch_size
+        for where, batch in batches(self._tokenizer, self._encoded, size, task.collate, task.counts):
             slots = self._slots(torch.tensor(where))
             for name, (value, axis) in self._ask(batch, where, ask).items():
                 if name not in arrays:

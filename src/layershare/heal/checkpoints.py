@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from layershare.heal.callbacks import Ema
 def resume_point(
     folder: Path,
     model: nn.Module,
-    ids: Sequence[Sequence[int]],
+    inputs: str,
     config: Mapping[str, Any],
     resume: bool,
     made_of: Mapping[str, str] | None = None,
@@ -26,12 +26,12 @@ def resume_point(
     """The checkpoint in ``folder`` to go on from, or None for a fresh start.
 
     Removes half-written checkpoints, and all of them when ``resume`` is False. ``run.json`` records what the
-    run is made of; checkpoints of another config, other token ids, another model, or another of what ``made_of``
-    names (name -> hash: labels, teacher) raise TrainingError, because mixing runs would give a model that no settings
-    describe.
+    run is made of; checkpoints of another config, other ``inputs`` (a hash), another model, or another of what
+    ``made_of`` names (name -> hash: labels, teacher) raise TrainingError, because mixing runs would give a
+    model that no settings describe.
     """
     identity = {
-        "config": dict(config), "data": digest(ids), "model": _weights_summary(model), "made of": dict(made_of or {}),
+        "config": dict(config), "data": inputs, "model": _weights_summary(model), "made of": dict(made_of or {}),
     }  # fmt: skip
     record = folder / "run.json"
     steps = sorted(
@@ -90,7 +90,7 @@ def _differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
         f"{key} was {before.get(key)!r}, now {after[key]!r}" for key in after if before.get(key) != after[key]
     ]
     if stored.get("data") != now["data"]:
-        found.append("the texts differ")
+        found.append("the inputs differ")
     was, made_of = stored.get("made of", {}), now["made of"]
     found += [
         f"the {name} differ{'' if name.endswith('s') else 's'}"
@@ -111,8 +111,14 @@ def _weights_summary(model: nn.Module) -> dict[str, float]:
 
 
 def digest(rows: Iterable[Any]) -> str:
-    """A hash of a column of token ids or labels."""
+    """A hash of a column: token ids, labels, or images and sounds, which go by the hash of what is in them."""
     found = hashlib.sha256()
     for row in rows:
-        found.update(repr(row).encode())
+        found.update((row["sha256"] if isinstance(row, dict) else repr(row)).encode())
     return found.hexdigest()
+
+
+def digest_rows(dataset: Any, leave_out: Iterable[str] = ("labels",)) -> str:
+    """A hash of the columns of a dataset, save those left out."""
+    names = sorted(set(getattr(dataset, "column_names", ["input_ids"])) - set(leave_out))
+    return digest([name, digest(dataset[name])] for name in names)

@@ -21,6 +21,7 @@ from layershare.heal.questions import questions
 from layershare.heal.relations import attention_maps, capture
 from layershare.heal.teacher import Ask, Target, Wanted, live
 from layershare.tasks import Data, Task
+from layershare.tasks.encoding import lengths
 from layershare.tasks.task import Outputs, label_loss
 from layershare.train import length_grouped_order, train
 
@@ -90,8 +91,8 @@ def distill(
     heads = relation_heads(student, teacher, config) if "relation" in weights else 0
     wanted = _wanted(config, weights, pairs, teacher)
     collator = Collator(tokenizer, config.augment, config.seed, task.collate)
-    ids = dataset["input_ids"][:]
-    order = length_grouped_order([len(row) for row in ids], config.batch_size, config.steps, config.seed)
+    long = lengths(task.counts(dataset), dataset)
+    order = length_grouped_order(long, config.batch_size, config.steps, config.seed)
     ask = _asker(teacher, tokenizer, task, dataset, wanted, order, config, cache, quiet)
     last = student.config.num_hidden_layers - 1 if heads else None
     made_of = {"teacher": model_hash(teacher)}
@@ -125,7 +126,8 @@ def distill(
             return terms
 
         return train(
-            student, dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet, made_of=made_of
+            student, dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet, lengths=long,
+            made_of=made_of,
         )  # fmt: skip
 
 

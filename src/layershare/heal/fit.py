@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from layershare.errors import ModelError, OptionError
 from layershare.heal.config import DistillConfig
 from layershare.tasks import Task
@@ -40,22 +42,55 @@ def check_pair(student: Any, teacher: Any, tokenizer: Any, active: Mapping[str, 
 
 
 def check_words(student: Any, teacher: Any, tokenizer: Any) -> None:
-    """ModelError unless both models read the token ids of ``tokenizer``."""
-    sizes = {name: model.get_input_embeddings().weight.shape[0] for name, model in _named(student, teacher)}
+    """ModelError unless both models read the token ids of ``tokenizer``; nothing to check where they read none."""
+    sizes = {
+        name: size for name, model in _named(student, teacher) if (size := vocabulary(model)) is not None
+    }
+    if len(sizes) < 2:
+        return
     if sizes["student"] != sizes["teacher"]:
         raise ModelError(
             f"The vocabularies differ: the student has {sizes['student']:,} tokens, the teacher {sizes['teacher']:,}.",
             "Both models must read the same token ids; give the model that the student was made from.",
         )
-    if len(tokenizer) > sizes["teacher"]:
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    if len(words) > sizes["teacher"]:
         raise ModelError(
-            f"The tokenizer has {len(tokenizer):,} tokens, the models {sizes['teacher']:,}.",
+            f"The tokenizer has {len(words):,} tokens, the models {sizes['teacher']:,}.",
             "Give the tokenizer that belongs to them.",
         )
 
 
-def check_tokenizers(student: Any, teacher: Any) -> None:
-    """ModelError unless two tokenizers give every token the same id."""
+def vocabulary(model: Any) -> int | None:
+    """How many tokens the model's table knows; None for a model that reads no tokens."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def check_processors(student: Any, teacher: Any) -> None:
+    """ModelError unless two tokenizers give every token the same id, or two other processors are set alike."""
+    if hasattr(student, "get_vocab") and hasattr(teacher, "get_vocab"):
+        _check_tokenizers(student, teacher)
+        return
+    parts = getattr(teacher, "attributes", None) or ()
+    for part in parts:
+        check_processors(getattr(student, part, None), getattr(teacher, part))
+    if parts or not hasattr(teacher, "to_dict") or not hasattr(student, "to_dict"):
+        return
+    ours, theirs = student.to_dict(), teacher.to_dict()
+    names = sorted(set(ours) & set(theirs) - {"processor_class", "_processor_class"})
+    if changed := [name for name in names if ours[name] != theirs[name]]:
+        raise ModelError(
+            f"The two models' inputs are prepared differently: {changed[0]} is {ours[changed[0]]} for the student, "
+            f"{theirs[changed[0]]} for the teacher.",
+            "Give the model that the student was made from.",
+        )
+
+
+def _check_tokenizers(student: Any, teacher: Any) -> None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         other = [token for token in theirs if ours.get(token) != theirs[token]] or list(

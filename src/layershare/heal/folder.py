@@ -10,13 +10,13 @@ import torch
 from layershare.errors import ModelError
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
-from layershare.heal.fit import check_tokenizers, check_words
+from layershare.heal.fit import check_processors, check_words
 from layershare.heal.layers import kept_layers
 from layershare.measure.brief import Judge, brief, result_of, timed
 from layershare.plan import SharingPlan
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
+from layershare.store.open import copy_preprocessing, load_model, load_processor, new_folder
 from layershare.tasks import Task, get_task
 
 
@@ -49,8 +49,8 @@ def heal_folder(
     seconds: dict[str, float] = {}
     with new_folder(out, resume=True) as folder:
         model, original = load_model(student, kind.auto_class), load_model(teacher, kind.auto_class)
-        plan, tokenizer = plan_of(model), load_tokenizer(teacher)
-        check_tokenizers(_own_tokenizer(student) or tokenizer, tokenizer)
+        plan, tokenizer = plan_of(model), load_processor(teacher, kind.processor)
+        check_processors(_own_processor(student, kind.processor) or tokenizer, tokenizer)
         check_words(model, original, tokenizer)
         for one in (original, model):
             kind.check(found, one.config)
@@ -89,9 +89,9 @@ def layer_map(plan: SharingPlan | None, model: Any) -> list[tuple[int, int]] | N
     return kept_layers(dropped[0].kept, dropped[0].length) if len(dropped) == 1 else None
 
 
-def _own_tokenizer(model: str | Path) -> Any:
+def _own_processor(model: str | Path, auto_class: str) -> Any:
     """None for a folder of weights alone."""
     try:
-        return load_tokenizer(model)
+        return load_processor(model, auto_class)
     except ModelError:
         return None

@@ -31,8 +31,9 @@ def questions(task: Task, tokenizer: Any, data: Data, model_config: Any, config:
         objective.check(words, length, Guessing())
     dataset = task.encode(tokenizer, data.train, length, model_config)
     if not len(dataset):
-        raise DataError("The training data holds no text to train on.", "Give more.")
-    if config.augment and (objective is not None or task.name == "token-classification"):
+        raise DataError(f"The training data holds no {task.unit} to train on.", "Give more.")
+    thinned = "input_ids" in dataset.column_names and task.name != "token-classification"
+    if config.augment and (objective is not None or not thinned):
         raise OptionError(f"augment {config.augment:g} does not go with {task.name}.", "Set it to 0.")
     if objective is None or "labels" in dataset.column_names:
         return dataset

@@ -74,6 +74,7 @@ def result_of(
         machine=machine(threads),
         task=task.name if task is not None else "",
         metric=metric,
+        unit="text" if task is None else task.unit,
         higher_is_better=task is None or task.higher_is_better,
         data=told,
         seed=seed,

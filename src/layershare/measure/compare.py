@@ -12,6 +12,7 @@ from layershare.measure.memory import peak_memory
 from layershare.measure.opening import base_of, bytes_with_base, open_measured, sparsity_of
 from layershare.result import Figures, Latency
 from layershare.tasks.calibration import encode_inputs
+from layershare.tasks.encoding import lengths, rows_at
 
 if TYPE_CHECKING:
     from layershare.tasks import Data, Task
@@ -54,7 +55,7 @@ def compare(
         ModelError, StoreError: a folder cannot be loaded.
     """
     from layershare.sharing import count
-    from layershare.store.open import load_tokenizer
+    from layershare.store.open import load_processor
 
     dataset = held_out(data)
     with fixed_threads(threads) as used:
@@ -67,22 +68,22 @@ def compare(
             teacher = loaded[original] if needs_teacher else None
             metrics[label] = task.evaluate(
                 loaded[label],
-                load_tokenizer(base_of(folder) or folder),
+                load_processor(base_of(folder) or folder, task.processor),
                 dataset,
                 max_length=max_length,
                 teacher=teacher,
             )
 
-        tokenizer = load_tokenizer(base_of(models[original]) or models[original])
+        processor = load_processor(base_of(models[original]) or models[original], task.processor)
         some = dataset.select(range(min(len(dataset), 1000)))
-        encoded = encode_inputs(task, tokenizer, some, max_length or 512, loaded[original].config)
-        rows = typical(list(encoded), max(batches))
-        inputs = {size: _inputs(task, task.collate(tokenizer, rows[:size])) for size in batches}
+        encoded = encode_inputs(task, processor, some, max_length or 512, loaded[original].config)
+        rows = rows_at(encoded, typical(lengths(task.counts(encoded), encoded), max(batches)))
+        inputs = {size: _inputs(task, task.collate(processor, rows[:size])) for size in batches}
         speeds: dict[str, list[Latency]] = {label: [] for label in models}
         for size, batch in inputs.items():
             progress(f"time batch {size}")
             calls = {label: _forward(model, batch) for label, model in loaded.items()}
-            tokens = batch["input_ids"].shape[1]
+            tokens = _tokens(next(iter(batch.values())))
             for label, speed in latency(calls, batch=size, tokens=tokens, runs=runs, seconds=seconds).items():
                 speeds[label].append(speed)
 
@@ -119,15 +120,20 @@ def held_out(data: "Data") -> Any:
     raise DataError("There is no held-out data to measure quality on.", "Give a test file.")
 
 
-def typical(rows: Sequence[Mapping[str, Any]], size: int) -> list[Mapping[str, Any]]:
-    """``size`` encoded texts, those nearest the median length first, so that every beginning is typical.
+def typical(lengths: Sequence[int], size: int) -> list[int]:
+    """``size`` row numbers, those nearest the median length first, so that every beginning is typical.
 
     When there are fewer than ``size`` they are repeated.
     """
-    by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     middle = len(by_length) // 2
     nearest = sorted(range(len(by_length)), key=lambda place: (abs(place - middle), place))
     return [by_length[nearest[number % len(nearest)]] for number in range(size)]
+
+
+def _tokens(main: Any) -> int | None:
+    """The tokens of each input; None where it is none, but pixels or samples."""
+    return main.shape[1] if main.ndim == 2 and not main.is_floating_point() else None
 
 
 def _inputs(task: "Task", batch: Mapping[str, Any]) -> dict[str, Any]:

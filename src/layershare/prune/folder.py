@@ -9,7 +9,7 @@ from layershare.measure.brief import brief, result_of
 from layershare.prune.config import PruneConfig
 from layershare.prune.verb import Account, account, prune
 from layershare.sharing import plan_of
-from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
+from layershare.store.open import copy_preprocessing, load_model, load_processor, new_folder
 from layershare.tasks import Task, get_task
 from layershare.tasks.calibration import sample_batches
 
@@ -42,7 +42,9 @@ def prune_folder(
                 raise OptionError(f"importance {config.by!r} is measured on data.", "Give --task and --data.")
             found = kind.read(list(data), columns=columns, **(reading or {"split": (1.0, 0.0, 0.0)}))
             kind.check(found, original.config)
-            batches = sample_batches(kind, load_tokenizer(model), found, original.config, labels=True)
+            batches = sample_batches(
+                kind, load_processor(model, kind.processor), found, original.config, labels=True
+            )
         guide = load_model(teacher, kind.auto_class if kind else None) if teacher is not None else None
         pruned = prune(original, config, batches, teacher=guide)
         pruned.save_pretrained(folder)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from layershare.config import Config
 from layershare.errors import OptionError, nearest
-from layershare.recipe.verbs import VERBS, AdaptStage, PretrainStage, Source, Stage, needs_data
+from layershare.recipe.verbs import VERBS, AdaptStage, PretrainStage, Source, Stage, may_make, needs_data
 
 PACKAGE = "package:"
 ARTICLE = {"adapter": "an", "report": "a"}
@@ -129,7 +129,7 @@ def _check(name: str, stage: Stage, stages: Mapping[str, Stage], written: Writte
                     f"{where}: stage {name}: {wanted} makes {ARTICLE[makes]} {makes}, and {stage.verb} needs a model."
                 )
             continue
-        fresh = isinstance(stage, PretrainStage) and field == "model"  # may name a model type
+        fresh = may_make(stage) and field == "model"  # may name a model type
         if not (fresh or wanted.startswith(PACKAGE) or "/" in wanted or Path(wanted).is_dir()):
             raise OptionError(
                 f"{where}: stage {name}: there is no stage and no folder {wanted!r}.",

@@ -11,7 +11,7 @@ from layershare import __version__, demo, stages
 from layershare.errors import LayershareError, OptionError
 from layershare.recipe.graph import PACKAGE, Recipe
 from layershare.recipe.sizes import Size, of_folder, of_stage, steps_of
-from layershare.recipe.verbs import PretrainStage, Source, Stage, needs_data
+from layershare.recipe.verbs import Source, Stage, may_make, needs_data
 from layershare.result import Result
 from layershare.store.open import local_folder
 
@@ -78,7 +78,7 @@ def plan(recipe: Recipe, out: str | Path | None = None) -> Report:
             done = known and stages.matches(home / name, _inputs(recipe, stage, models, source))
             if not done:
                 fresh.add(name)
-            if not isinstance(stage, PretrainStage):  # which may begin with a model type
+            if not may_make(stage):  # which may begin with a model type
                 for wanted, where in zip(uses.values(), models.values(), strict=True):
                     if wanted not in sizes:
                         sizes[wanted] = of_folder(where)

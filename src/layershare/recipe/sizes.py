@@ -65,6 +65,8 @@ def of_stage(stage: Stage, sizes: Mapping[str, Size], source: Source | None) -> 
     """The size of what ``stage`` will make, from the sizes of what it takes; None for a report."""
     if isinstance(stage, PretrainStage):
         return _pretrained(stage, sizes)
+    if isinstance(stage, FinetuneStage) and stage.size and source is not None:
+        return _fresh(stage, source)
     taken = sizes.get("model")
     if taken is None:
         return None
@@ -87,7 +89,7 @@ def steps_of(stage: Stage, source: Source | None) -> int | None:
     """Optimizer steps, at most; None for a stage without training."""
     if isinstance(stage, FinetuneStage) and not stage.steps and source is not None:
         found = source.kind.read(source.paths, seed=stage.seed, **source.reading())
-        rows = len(source.kind.texts(found))
+        rows = len(source.kind.texts(found)) or len(found.train or ())
         config = stage.taken(FinetuneConfig)
         return math.ceil(config.epochs * math.ceil(rows / config.batch_size))
     return getattr(stage, "steps", None) if trains(stage) else None
@@ -111,6 +113,16 @@ def _pretrained(stage: PretrainStage, taken: Mapping[str, Size]) -> Size:
     if planned is None:
         return size
     return _shared(size, planned if isinstance(planned, SharingPlan) else make_plan(size.net, **planned))
+
+
+def _fresh(stage: FinetuneStage, source: Source) -> Size:
+    """A model that fine-tuning makes itself."""
+    task, start = source.kind, find_start(stage.model, stage.size)
+    assert task.head is not None
+    for name, value in task.head(task.read(source.paths, **source.reading())).items():
+        setattr(start.config, name, value)
+    with torch.device("meta"):
+        return _of(getattr(transformers, task.auto_class).from_config(start.config))
 
 
 def _with_head(taken: Size, source: Source) -> Size:

@@ -119,12 +119,13 @@ class PretrainStage(Stage, PretrainConfig):
 class FinetuneStage(Stage, FinetuneConfig):
     model: str
     new_head: bool = False
+    size: dict[str, Any] = Field({}, description="Keys of a fresh model's config with values of its own.")
 
     def make(self, models: Models, data: Source | None, out: Path, seed: int) -> None:
         given = self.source(data)
         finetune(
             models["model"], given.paths, out, task=given.kind, validation=given.validation, test=given.test,
-            columns=given.columns, new_head=self.new_head, config=self.taken(FinetuneConfig),
+            columns=given.columns, new_head=self.new_head, size=self.size, config=self.taken(FinetuneConfig),
         )  # fmt: skip
 
 
@@ -228,6 +229,11 @@ VERBS: dict[str, type[Stage]] = {
     "prune": PruneStage,
     "evaluate": EvaluateStage,
 }
+
+
+def may_make(stage: Stage) -> bool:
+    """Whether its model may be a model type, or a file with a config, of which the stage makes one."""
+    return isinstance(stage, PretrainStage) or (isinstance(stage, FinetuneStage) and bool(stage.size))
 
 
 def needs_data(stage: Stage) -> bool:

@@ -15,6 +15,8 @@ PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "translation": "translation",
     "summarization": "summarization",
+    "image-classification": "image-classification",
+    "audio-classification": "audio-classification",
 }
 LIMITS = (
     "Quality was measured on the data named above and on nothing else.",
@@ -61,14 +63,16 @@ def _name(source: str) -> str:
 
 def _loading(result: Result) -> str:
     auto = TASKS[result.task].auto_class if result.task in TASKS else "AutoModel"
+    processor = TASKS[result.task].processor if result.task in TASKS else "AutoTokenizer"
+    name = "tokenizer" if processor == "AutoTokenizer" else "processor"
     return f"""## Use
 
 ```python
 import layershare  # so that transformers can read shared layers
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, {processor}
 
 model = {auto}.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+{name} = {processor}.from_pretrained("FOLDER")
 ```
 
 Without `import layershare`, transformers refuses to load it."""

@@ -47,7 +47,7 @@ def tiles(result: Result) -> list[tuple[str, str]]:
         "of layer parameters": lambda model: model.layer_parameters_unique,
         f"of {spell(result.metric)}": lambda model: model.metrics.get(result.metric),
         "of bytes on disk": lambda model: model.bytes_on_disk,
-        "of compute per text": lambda model: model.flops_per_text,
+        f"of compute per {result.unit}": lambda model: model.flops_per_text,
         "of time at batch 1": _first_p50,
     }
     found = {name: result.ratio(figure) for name, figure in shares.items()}

@@ -14,7 +14,7 @@ from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
     load_model,
-    load_tokenizer,
+    load_processor,
     local_folder,
     new_folder,
     outline,
@@ -60,7 +60,7 @@ def share_folder(
         if calibration and task is not None:
             kind = get_task(task)
             found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
-            batches = sample_batches(kind, load_tokenizer(model), found, original.config)
+            batches = sample_batches(kind, load_processor(model, kind.processor), found, original.config)
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:

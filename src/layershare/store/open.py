@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layershare.errors import LayershareError, ModelError, StoreError
+from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
 
 
 def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedModel:
@@ -54,7 +54,28 @@ def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreT
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of the model. Raises ModelError if it has none."""
-    return _open(model, transformers.AutoTokenizer.from_pretrained)
+    return load_processor(model, "AutoTokenizer")
+
+
+def load_processor(model: str | Path, auto_class: str) -> Any:
+    """What turns texts, images or sounds into what the model reads. Raises ModelError if it has none, and
+    DependencyError where that needs a library which is not there.
+
+    auto_class: name of the transformers class to load it with: AutoTokenizer, AutoImageProcessor,
+    AutoFeatureExtractor or AutoProcessor. Images are prepared with Pillow and numpy, also where torchvision is
+    installed: the same pixels everywhere.
+    """
+    options = {"backend": "pil"} if auto_class == "AutoImageProcessor" else {}
+    try:
+        return _open(
+            model, lambda source: getattr(transformers, auto_class).from_pretrained(source, **options)
+        )
+    except ImportError as error:
+        needs = " ".join(str(error).split())[:200]
+        raise DependencyError(
+            f"What goes before {model} needs a library that is not installed ({needs}).",
+            "pip install 'layershare[vision,speech]'",
+        ) from None
 
 
 def sketch(model: str | Path) -> PreTrainedModel:
@@ -97,9 +118,16 @@ def local_folder(model: str | Path) -> Path:
 def copy_preprocessing(model: str | Path, folder: Path) -> None:
     """Give ``folder`` what goes before and behind ``model``: its tokenizer or image processor, if one can be loaded,
     and the modules of a Sentence Transformer (pooling, normalisation)."""
-    # A model of plain tensors has no processor, and an image processor may need a library that is not there.
-    with suppress(ModelError, ImportError):
-        _open(model, transformers.AutoProcessor.from_pretrained).save_pretrained(folder)
+    # A model of plain tensors has no processor, one may need a library that is not there, and a speech model without a
+    # vocabulary has only half of its type's.
+    for name in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
+        try:
+            load_processor(model, name).save_pretrained(folder)
+        except Exception as error:  # transformers raises whatever its processors raise
+            logging.getLogger(__name__).debug("%s: %s (%s)", model, name, error)
+            continue
+        if name == "AutoProcessor":
+            break
     source = local_folder(model)
     if not (source / "modules.json").is_file():
         return

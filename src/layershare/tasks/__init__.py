@@ -11,7 +11,9 @@ from typing import Any
 
 from layershare.errors import OptionError, nearest
 from layershare.tasks import (
+    audio_classification,
     causal_lm,
+    image_classification,
     masked_lm,
     sentence_embedding,
     span_corruption,
@@ -31,6 +33,8 @@ TASKS: dict[str, Task] = {
     "span-corruption": span_corruption.TASK,
     "translation": translation.TASK,
     "summarization": summarization.TASK,
+    "image-classification": image_classification.TASK,
+    "audio-classification": audio_classification.TASK,
 }
 
 

@@ -47,8 +47,7 @@ def sample_batches(
     else:
         rows = encode_inputs(task, tokenizer, some, LENGTH, config)
     rows = rows.select(_drawn(len(rows), texts))
-    columns = {name: rows[name] for name in rows.column_names}
-    return [batch for _, batch in batches(tokenizer, columns, size, task.collate)]
+    return [batch for _, batch in batches(tokenizer, rows, size, task.collate, task.counts)]
 
 
 def _drawn(of: int, wanted: int) -> list[int]:

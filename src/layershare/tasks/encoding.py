@@ -12,8 +12,9 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def usable_length(tokenizer: Any, config: Any, max_length: int | None = None) -> int:
-    """The longest text, in tokens, that tokenizer and model accept, at most ``max_length`` (default: 512)."""
-    limits = [max_length or 512, tokenizer.model_max_length]
+    """The longest text, in tokens, that tokenizer and model accept, at most ``max_length`` (default: 512). What reads
+    no text has no limit of its own."""
+    limits = [max_length or 512, getattr(tokenizer, "model_max_length", max_length or 512)]
     positions = getattr(config, "max_position_embeddings", None)
     return min(*limits, positions) if positions else min(limits)
 
@@ -50,23 +51,36 @@ def pad(tokenizer: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> "dict[st
     return batch
 
 
-def batches(
-    tokenizer: Any,
-    encoded: Mapping[str, Sequence[Any]],
-    batch_size: int,
-    collate: "Callable[[Any, Sequence[Mapping[str, Any]]], dict[str, Tensor]]" = pad,
-) -> "Iterator[tuple[list[int], dict[str, Tensor]]]":
-    """(row numbers, padded batch) over all rows of ``encoded``, longest first, so that little is padding."""
-    columns = {name: encoded[name][:] for name in encoded}
-    first = next(iter(columns.values()))
-    order = list(range(len(first)))
-    if "input_ids" in columns:
-        order.sort(key=lambda i: -len(columns["input_ids"][i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        yield rows, collate(tokenizer, [{name: column[i] for name, column in columns.items()} for i in rows])
-
-
-def token_counts(rows: Any) -> dict[Any, list[int]]:
+def token_counts(rows: Any, config: Any = None) -> dict[Any, list[int]]:  # noqa: ARG001 - as for every task
     """The tokens of each input."""
     return {"source": [len(ids) for ids in rows["input_ids"]]}
+
+
+def batches(
+    processor: Any,
+    rows: Any,
+    batch_size: int,
+    collate: "Callable[[Any, Sequence[Mapping[str, Any]]], dict[str, Tensor]]" = pad,
+    counts: Callable[[Any], Mapping[Any, Sequence[int]]] = token_counts,
+) -> "Iterator[tuple[list[int], dict[str, Tensor]]]":
+    """(row numbers, padded batch) over all ``rows`` (a Dataset, or name -> column), longest first, so that little is
+    padding. Rows are taken when their batch is made."""
+    longest = lengths(counts(rows), rows)
+    order = sorted(range(len(longest)), key=lambda i: -longest[i])
+    for start in range(0, len(order), batch_size):
+        where = order[start : start + batch_size]
+        yield where, collate(processor, rows_at(rows, where))
+
+
+def lengths(counts: Mapping[Any, Sequence[int]], rows: Any) -> Sequence[int]:
+    """The length of each row's input; 0 where all are equally long. ``counts``: as a task gives it for ``rows``."""
+    number = len(next(iter(rows.values()))) if isinstance(rows, Mapping) else len(rows)
+    return counts.get("source", [0] * number)
+
+
+def rows_at(rows: Any, where: Sequence[int]) -> list[dict[str, Any]]:
+    """Some rows of a Dataset, or of name -> column."""
+    if isinstance(rows, Mapping):
+        return [{name: column[i] for name, column in rows.items()} for i in where]
+    columns = rows[list(where)]
+    return [{name: column[place] for name, column in columns.items()} for place in range(len(where))]

@@ -44,6 +44,8 @@ def read_table(path: str | Path, bad: list[str] | None = None) -> Table:
     """
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
+    if reader is None and path.is_dir():
+        raise DataError(f"{path}: is a folder.", "Give the path of a data file.")
     if reader is None:
         raise DataError(f"{path}: cannot tell its format from the suffix.", f"Known: {', '.join(READERS)}.")
     if not path.is_file():

@@ -1,18 +1,22 @@
 """Tables -> Data, the same way for every task: choose columns, convert cells, split without leaks."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError
 from layershare.tasks.files import Table, cells, choose_columns
-from layershare.tasks.sources import read_tables
+from layershare.tasks.sources import Folders, read_tables
 from layershare.tasks.splits import leaks, split_rows
 from layershare.tasks.task import Data, Paths
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TEXTS = ("text", "text_pair", "words")
+TEXTS = ("text", "text_pair", "words", "image", "audio")
+"""The roles whose values no two parts may have in common."""
 PARTS = ("train", "validation", "test")
 TOLD = 5
 """So many of the rows that were skipped are told one by one."""
@@ -35,23 +39,27 @@ def read_splits(
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
     skip_bad: bool = False,
+    beside: Mapping[str, Callable[[Any, Path], Any]] | None = None,
+    folders: Folders | None = None,
 ) -> Data:
     """Read ``paths``, the files only tested on, ``test``, and those only chosen on, ``validation``, into Data.
 
-    ``convert``: role -> what makes a value of a cell, or raises ValueError. ``together`` names roles that mean nothing
-    without another one (a score without a second text); a guessed one is then left out, a given one raises. ``equal``:
-    two roles whose lists must be equally long. ``stratify`` is the role whose values each split gets in equal shares.
+    ``convert``: role -> what makes a value of a cell, or raises ValueError; ``beside``: the same of a cell and the
+    folder in which its table lies. ``folders``: how a folder is read; without it, it is refused. ``together`` names
+    roles that mean nothing without another one (a score without a second text); a guessed one is then left out, a given
+    one raises. ``equal``: two roles whose lists must be equally long. ``stratify`` is the role whose values each split
+    gets in equal shares.
     Parts without files of their own are split off from ``paths``, unless ``paths`` is a data set with parts. No text
     stands in two parts: rows of ``paths`` that share one with validation or test are left out, and so are rows of
     validation that share one with test; the notes say how many. With ``skip_bad`` rows that cannot be read are left
     out as well, and the notes say how many and why.
     """
     lines: list[str] | None = [] if skip_bad else None
-    tables = read_tables(paths, lines)
+    tables = read_tables(paths, lines, folders)
     if not tables.get("train"):
         raise DataError("No data file was given.")
     for part, given_files in (("validation", validation), ("test", test)):
-        if own := read_tables(given_files, lines):
+        if own := read_tables(given_files, lines, folders):
             tables[part] = [table for found in own.values() for table in found]
     used = [table for part in PARTS for table in tables.get(part, ())]
     rows: dict[str, Rows] = {}
@@ -69,11 +77,14 @@ def read_splits(
                         )
                     del own_columns[role]
             chosen = chosen or own_columns
-            rows[part] = _convert(tables[part], own_columns, convert, equal, skipped if skip_bad else None)
+            rows[part] = _convert(
+                tables[part], own_columns, convert, beside or {}, equal, skipped if skip_bad else None
+            )
     notes = [] if given == chosen else [f"Columns: {', '.join(f'{r} = {c!r}' for r, c in chosen.items())}."]
     if skipped:
         more = f" ... and {len(skipped) - TOLD} more" if len(skipped) > TOLD else ""
         notes.append(f"{len(skipped)} of {total} rows were skipped: {' '.join(skipped[:TOLD])}{more}")
+    sha256 = _hashes(tables, rows)
     first = tables["train"][0].path
     if "validation" in rows and "test" in rows:
         what = f"validation rows of {tables['validation'][0].path}", "test"
@@ -95,7 +106,7 @@ def read_splits(
         else _take(rows["train"], parts["validation"]),
         test=_whole(held["test"]) if "test" in held else _take(rows["train"], parts["test"]),
         columns=chosen,
-        sha256={table.path: table.sha256 for table in used},
+        sha256=sha256,
         labels=tuple(sorted(labels, key=_by_number_then_name)),
         notes=tuple(notes),
     )
@@ -128,6 +139,7 @@ def _convert(
     tables: Sequence[Table],
     chosen: Mapping[str, str],
     convert: Mapping[str, Callable[[Any], Any]],
+    beside: Mapping[str, Callable[[Any, Path], Any]],
     equal: tuple[str, str] | None,
     skipped: list[str] | None,
 ) -> Rows:
@@ -135,8 +147,10 @@ def _convert(
     rows: Rows = {role: [] for role in chosen}
     for table in tables:
         bad: dict[int, str] = {}
+        folder = Path(table.path).parent
+        near = {role: partial(_beside, make, folder) for role, make in beside.items()}
         columns = {
-            role: cells(table, name, convert[role], None if skipped is None else bad)
+            role: cells(table, name, near.get(role) or convert[role], None if skipped is None else bad)
             for role, name in chosen.items()
         }
         first, second = equal or ("", "")
@@ -156,13 +170,29 @@ def _convert(
     return rows
 
 
+def _beside(make: Callable[[Any, Path], Any], folder: Path, cell: Any) -> Any:
+    return make(cell, folder)
+
+
 def _texts(rows: Mapping[str, list[Any]]) -> list[tuple[str, ...]]:
     sides = [[_one(value) for value in rows[name]] for name in TEXTS if name in rows]
     return list(zip(*sides, strict=True))
 
 
 def _one(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value["sha256"])
     return value if isinstance(value, str) else " ".join(value)
+
+
+def _hashes(tables: Mapping[str, Sequence[Table]], rows: Mapping[str, Rows]) -> dict[str, str]:
+    """File -> SHA-256 of its bytes; of a table that names other files, also of what is in these."""
+    found = {table.path: table.sha256 for part in PARTS for table in tables.get(part, ())}
+    for part, columns in rows.items():
+        inner = [cell["sha256"] for column in columns.values() for cell in column if isinstance(cell, dict)]
+        for table in tables[part] if inner else ():
+            found[table.path] = hashlib.sha256("/".join([found[table.path], *inner]).encode()).hexdigest()
+    return found
 
 
 def _take(rows: Mapping[str, list[Any]], part: Sequence[int]) -> "Dataset | None":

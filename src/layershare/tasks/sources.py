@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,24 @@ SPLITS = {
 """What the parts of a data set are usually called -> our part; others are not read."""
 
 
-def read_tables(source: Any, bad: list[str] | None = None) -> dict[str, list[Table]]:
+Folders = Callable[[Path, "list[str] | None"], dict[str, list[Table]]]
+"""(a folder, see ``bad`` below) -> part -> tables."""
+
+
+def read_tables(
+    source: Any, bad: list[str] | None = None, folders: Folders | None = None
+) -> dict[str, list[Table]]:
     """Part -> the tables of ``source``; without parts of its own everything is in ``train``.
 
     ``source``: a path, see :func:`~layershare.tasks.files.read_table`; a ``datasets.Dataset`` or ``DatasetDict``; the
     name of a data set on the hub, ``OWNER/NAME`` or ``OWNER/NAME:CONFIGURATION`` (the only thing that needs a network);
-    or a list of such things. Columns of structs are called ``outer.inner``, numbers of a ``ClassLabel`` become names.
+    or a list of such things; with ``folders``, which says how, also a folder. Columns of structs are called
+    ``outer.inner``, numbers of a ``ClassLabel`` become names.
     Raises DataError; lines that cannot be read are told in ``bad``, if it is given, and left out.
     """
     found: dict[str, list[Table]] = {}
     for one in listed(source):
-        for part, table in _read(one, bad):
+        for part, table in _read(one, bad, folders):
             found.setdefault(part, []).append(table)
     return found
 
@@ -49,7 +57,9 @@ def is_file_name(source: Any) -> bool:
     return known or not HUB.fullmatch(str(source))
 
 
-def _read(source: Any, bad: list[str] | None) -> list[tuple[str, Table]]:
+def _read(source: Any, bad: list[str] | None, folders: Folders | None) -> list[tuple[str, Table]]:
+    if folders is not None and isinstance(source, (str, Path)) and (folder := Path(source)).is_dir():
+        return [(part, table) for part, tables in folders(folder, bad).items() for table in tables]
     if is_file_name(source):
         return [("train", read_table(source, bad))]
     name = str(source) if isinstance(source, (str, Path)) else "the data set"
@@ -83,11 +93,18 @@ def _from_hub(name: str) -> Any:
 
 def _table(data: Any, name: str) -> Table:
     flat = data.flatten()
+    for column, feature in flat.features.items():
+        if getattr(feature, "decode", False):  # an image or a sound: its bytes will do
+            flat = flat.cast_column(column, replace(feature, decode=False))
     columns = {column: _named(flat.features[column], flat[column][:]) for column in flat.column_names}
-    digest = hashlib.sha256(json.dumps(columns, default=str).encode())
+    digest = hashlib.sha256(json.dumps(columns, default=_told).encode())
     if not len(flat):
         raise DataError(f"{name}: is empty.", "It needs at least one row of data.")
     return Table(name, columns, range(1, len(flat) + 1), digest.hexdigest(), unit="row")
+
+
+def _told(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def _named(feature: Any, values: list[Any]) -> list[Any]:

@@ -116,16 +116,16 @@ class _Read(Protocol):
 
 class _Encode(Protocol):
     def __call__(
-        self, tokenizer: Any, dataset: "Dataset", max_length: int, config: Any = None
+        self, processor: Any, dataset: "Dataset", max_length: int, config: Any = None, /
     ) -> "Dataset": ...
 
 
 class _Collate(Protocol):
-    def __call__(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> "dict[str, Tensor]": ...
+    def __call__(self, processor: Any, rows: Sequence[Mapping[str, Any]], /) -> "dict[str, Tensor]": ...
 
 
 class _Counts(Protocol):
-    def __call__(self, rows: Any) -> Mapping[Axis, Sequence[int]]: ...
+    def __call__(self, rows: Any, config: Any = None) -> Mapping[Axis, Sequence[int]]: ...
 
 
 class _Loss(Protocol):
@@ -146,12 +146,15 @@ class _Forward(Protocol):
     ) -> Outputs: ...
 
 
-class _Evaluate(Protocol):
+class Evaluate(Protocol):
+    """See :class:`Task`."""
+
     def __call__(
         self,
         model: Any,
-        tokenizer: Any,
+        processor: Any,
         dataset: "Dataset",
+        /,
         *,
         batch_size: int = 64,
         max_length: int | None = None,
@@ -178,6 +181,9 @@ class Task:
     Attributes:
         name: as the command line spells it.
         auto_class: the class in transformers that loads such a model.
+        processor: the class in transformers that loads what goes before it: a tokenizer, an image processor, a feature
+            extractor, or several in one. It is what ``encode``, ``collate`` and ``evaluate`` get as ``tokenizer``.
+        unit: what one input is, in a word.
         metric: the headline figure when the data has its labels; ``metric_of`` says which one a dataset
             allows.
         higher_is_better: the sense of ``metric``.
@@ -187,7 +193,8 @@ class Task:
             on; a part without files is split off from the rows, seeded, by the fractions ``split`` (train,
             validation, test). No text is in two parts. Raises DataError naming file, line and column; with
             ``skip_bad`` a row that cannot be read is left out, and the notes count them.
-        encode: a split -> a Dataset of ``inputs`` to train on, one row a text, cut at ``max_length`` tokens. Given a
+        encode: a split -> a Dataset of ``inputs`` to train on, one row a text, cut at ``max_length`` tokens; of images
+            and sounds, rows that tell where they are. Given a
             model's ``config``, and where the data has them, also ``labels``: aligned with the logits, -100 (NaN
             among numbers) where there is none.
         texts: the different training texts of Data, in file order.
@@ -197,13 +204,15 @@ class Task:
             ``agreement``, how far the two models say the same, which needs no labels.
         metric_of: the headline figure that ``evaluate`` can give for this dataset.
         inputs: the names in a batch that ``forward`` takes.
-        collate: rows of ``encode`` -> a padded batch of ``inputs``, and ``labels`` where the rows have them.
-        counts: rows of ``encode`` -> axis -> how many tokens of it each row has. An axis that is left out has
-            equally many in every row.
+        collate: rows of ``encode`` -> a padded batch of ``inputs``, and ``labels`` where the rows have them. Only here
+            are images and sounds opened.
+        counts: rows of ``encode`` -> axis -> how many tokens of it each row has; given a config, how many hidden states
+            its model makes of them. An axis that is left out has equally many in every row.
         loss: (Outputs, labels of the batch) -> the mean loss of the true labels, a scalar.
         learns: whether ``encode`` can give labels, so that a model can be trained on them.
         head: Data -> the keys of a config for a new head that answers with the labels of the data; None where a model
             has no such head.
+        fresh: a config -> the processor of a model that is made from this config alone; None where that takes training.
         configure: settings, as a task takes them -> the task with these settings; None for a task without any.
         settings: those that differ from the defaults, JSON-ready; with the name they say which task it is.
     """
@@ -219,13 +228,16 @@ class Task:
     texts: _Texts
     check: _Check
     forward: _Forward
-    evaluate: _Evaluate
+    evaluate: Evaluate
     metric_of: _MetricOf
+    processor: str = "AutoTokenizer"
+    unit: str = "text"
     inputs: tuple[str, ...] = INPUTS
     collate: _Collate = pad
     counts: _Counts = token_counts
     loss: _Loss = label_loss
     learns: bool = False
     head: Callable[[Data], dict[str, Any]] | None = None
+    fresh: Callable[[Any], Any] | None = None
     configure: "Callable[[Mapping[str, Any]], Task] | None" = None
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -1,38 +1,22 @@
-"""Text classification: one label a text (or text pair), several, or a number.
+"""Text classification: one label a text (or text pair), several, or a number; see
+:mod:`layershare.tasks.classification`."""
 
-Which one it is follows from the column: ``label`` has one name a text; ``labels`` several, or none; ``score`` a number
-(regression). Several labels are yes-no questions that are asked side by side: logits [B, labels, 2], with 0 for no
-beside the model's own logit for yes, so that cross-entropy and the divergence of distillation are those of each
-question.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from layershare.errors import DataError
-from layershare.tasks.encoding import batches, encode, usable_length
-from layershare.tasks.files import label, labels, number, text
-from layershare.tasks.masking import IGNORED
-from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task
+from layershare.tasks import classification
+from layershare.tasks.classification import answers, forward, head, metric_of
+from layershare.tasks.encoding import encode, usable_length
+from layershare.tasks.files import text
+from layershare.tasks.task import Data, Paths, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor, nn
 
-COLUMNS: dict[str, tuple[str, ...]] = {
+TEXTS: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "sentence1", "premise", "question", "content", "review", "document", "body"),
     "text_pair": ("text_pair", "sentence2", "hypothesis", "passage"),
-    "label": ("label", "labels", "class", "category", "target", "sentiment", "intent"),
-    "labels": (),
-    "score": (),
 }
-ANSWERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "label": ("single_label_classification", label),
-    "labels": ("multi_label_classification", labels),
-    "score": ("regression", number),
-}
-"""Role -> what transformers calls the problem, and how a cell is read."""
 
 
 def read(
@@ -45,34 +29,14 @@ def read(
     seed: int = 0,
     skip_bad: bool = False,
 ) -> Data:
-    """Read texts with a label (a name or a whole number); the split keeps the share of each label. With a column that
-    is given as ``labels`` there are several a text, with one given as ``score`` a number.
+    """Read texts with their labels, as :func:`~layershare.tasks.classification.read_answers` does.
 
     See :class:`~layershare.tasks.task.Task`. Labels stay names here; a model's config turns them into ids.
     """
-    role = next((role for role in ("labels", "score") if role in (columns or {})), "label")
-    wanted = {name: COLUMNS[name] for name in ("text", "text_pair", role)}
-    try:
-        data = read_splits(
-            paths, test, validation, candidates=wanted, given=columns, optional=TASK.optional - {role},
-            convert={"text": text, "text_pair": text, role: ANSWERS[role][1]}, stratify="label", split=split, seed=seed,
-            skip_bad=skip_bad,
-        )  # fmt: skip
-    except DataError as error:
-        raise DataError(error.message, _hint(error)) from None
-    if role != "score" and len(data.labels) < (2 if role == "label" else 1):
-        found = f"every row has the label {data.labels[0]!r}" if data.labels else "no row has a label"
-        raise DataError(f"{data.files[0]}: {found}.", "Two or more are needed.")
-    return data
-
-
-def _hint(error: DataError) -> str:
-    """How to say that a column has numbers, or several labels."""
-    if "expected one label, found a list" in error.message:
-        return "For several labels a text: --column labels=NAME."
-    if "is not a label" in error.message:
-        return "To predict numbers: --column score=NAME."
-    return error.hint
+    return classification.read_answers(
+        paths, candidates=TEXTS, optional=TASK.optional, convert={"text": text, "text_pair": text}, columns=columns,
+        test=test, validation=validation, split=split, seed=seed, skip_bad=skip_bad,
+    )  # fmt: skip
 
 
 def texts(data: Data) -> list[str]:
@@ -87,219 +51,27 @@ def encode_rows(tokenizer: Any, dataset: "Dataset", max_length: int, config: Any
 
     rows = list(dict.fromkeys(_inputs(dataset)))
     columns: dict[str, Any] = encode(tokenizer, [r[0] for r in rows], max_length, _second(rows))
-    if config is not None and answer_of(dataset):
+    if config is not None and classification.answer_of(dataset):
         columns["labels"] = row_labels(dataset, config)
     return Dataset.from_dict(columns)
 
 
 def row_labels(dataset: "Dataset", config: Any) -> list[Any]:
-    """What is true of each row of :func:`encode_rows`, as :func:`truth` has it; where equal texts are said to have
-    different labels, there is none; of different numbers it is the mean."""
-    found: dict[tuple[str, ...], list[Any]] = {}
-    for row, value in zip(_inputs(dataset), truth(dataset, config), strict=True):
-        found.setdefault(row, []).append(value)
-    answer = answer_of(dataset)
-    if answer == "score":
-        return [sum(values) / len(values) for values in found.values()]
-    if answer == "label":
-        return [values[0] if len(set(values)) == 1 else IGNORED for values in found.values()]
-    return [
-        [one[0] if len(set(one)) == 1 else float("nan") for one in zip(*values, strict=True)]
-        for values in found.values()
-    ]
-
-
-def truth(dataset: "Dataset", config: Any) -> list[Any]:
-    """What is true of each row: the id of its label, or 0 or 1 for each of the model's labels, or a number."""
-    answer = answer_of(dataset)
-    if answer == "label":
-        return label_ids(dataset["label"][:], config)
-    if answer == "score":
-        return list(dataset["score"][:])
-    several = dataset["labels"][:]
-    ids = label_ids([name for names in several for name in names], config)
-    stream = iter(ids)
-    true = [{next(stream) for _ in names} for names in several]
-    return [[float(i in one) for i in range(config.num_labels)] for one in true]
-
-
-def answer_of(dataset: "Dataset") -> str:
-    """``label``, ``labels`` or ``score``, whichever the data has; "" for none."""
-    return next((role for role in ANSWERS if role in dataset.column_names), "")
-
-
-def label_ids(names: Sequence[str], config: Any) -> list[int]:
-    """The ids that a model with this config gives to label names.
-
-    A name is looked up in ``config.label2id``, first as it is, then without case; a number is an id of the
-    model, when the model has no such name. An unknown label raises DataError and names the model's labels.
-    """
-    known = {str(name): int(i) for name, i in config.label2id.items()}
-    folded = {name.casefold(): i for name, i in known.items()}
-    ids = {}
-    for name in dict.fromkeys(names):
-        found = known.get(name, folded.get(name.casefold()))
-        if found is None and name.isascii() and name.isdigit() and int(name) < config.num_labels:
-            found = int(name)
-        if found is None:
-            raise DataError(
-                f"The label {name!r} of the data is not one of the model's: {', '.join(known)}.",
-                "Rename the labels in the data, or set id2label and label2id in the model's config.json.",
-            )
-        ids[name] = found
-    return [ids[name] for name in names]
-
-
-def check(data: Data, config: Any) -> None:
-    """A model for another kind of problem, unknown labels in the data, or numbers that leave some of the model's out,
-    raise DataError."""
-    answer = next((role for role in ANSWERS if role in data.columns), "")
-    wanted, own = ANSWERS[answer][0] if answer else None, getattr(config, "problem_type", None)
-    if own is not None and wanted is not None and own != wanted:
-        raise DataError(
-            f"The column {data.columns[answer]!r} was read as {answer} ({wanted.replace('_', ' ')}), the model is for "
-            f"{own.replace('_', ' ')}.",
-            "Say what the column holds: --column label=, labels= or score=NAME.",
-        )
-    if answer == "labels" and own is None:
-        raise DataError(
-            f"The column {data.columns[answer]!r} has several labels a text, the model does not say that it has.",
-            f"If it was trained to, set problem_type in its config.json to {wanted!r}; else train a new head for them.",
-        )
-    if answer == "score":
-        if config.num_labels != 1:
-            raise DataError(
-                f"The model gives {config.num_labels} labels, the data has numbers.",
-                "Give a model for regression (one label).",
-            )
-        return
-    ids = label_ids(data.labels, config)
-    if len(set(ids)) < len(ids):
-        raise DataError(f"Two labels of the data mean the same to the model: {', '.join(data.labels)}.")
-    numbered = all(name.isascii() and name.isdigit() for name in data.labels)
-    if numbered and len(ids) != config.num_labels:  # by number, a wrong model would go unnoticed
-        raise DataError(
-            f"The data has {len(ids)} labels ({', '.join(data.labels)}), the model {config.num_labels}.",
-            "Give the model that was trained on these labels.",
-        )
-
-
-def head(data: Data) -> dict[str, Any]:
-    """The keys of a config for a new head on this data."""
-    answer = next(role for role in ANSWERS if role in data.columns)
-    names = dict(enumerate(data.labels or ("score",)))
-    return {
-        "id2label": names,
-        "label2id": {name: i for i, name in names.items()},
-        "problem_type": ANSWERS[answer][0],
-    }
-
-
-def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states: bool = False) -> Outputs:
-    """Logits of a padded batch: [B, classes], [B, labels, 2] for several labels, [B, 1] for a number."""
-    import torch
-    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
-
-    out = model(**batch, output_hidden_states=hidden_states)
-    config = extract_model_from_parallel(model).config
-    several = getattr(config, "problem_type", None) == ANSWERS["labels"][0]
-    logits = torch.stack([torch.zeros_like(out.logits), out.logits], -1) if several else out.logits
-    return Outputs(None, logits, out.hidden_states if hidden_states else (), batch["attention_mask"])
+    """What is true of each row of :func:`encode_rows`."""
+    return classification.row_labels(_inputs(dataset), dataset, config)
 
 
 def predict(
     model: Any, tokenizer: Any, dataset: "Dataset", *, batch_size: int = 64, max_length: int | None = None
 ) -> list[Any]:
-    """What the model says of each row, in the form of :func:`truth`; no gradients, and the model's mode is left as it
-    was."""
-    import torch
-
+    """What the model says of each row, in the form of :func:`~layershare.tasks.classification.truth`."""
     rows = _inputs(dataset)
     length = usable_length(tokenizer, model.config, max_length)
     encoded = encode(tokenizer, [row[0] for row in rows], length, _second(rows))
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    result: list[Any] = [0] * len(rows)
-    try:
-        with torch.no_grad():
-            for indices, batch in batches(tokenizer, encoded, batch_size):
-                logits = forward(model, {k: v.to(device) for k, v in batch.items()}).logits
-                assert logits is not None
-                said = logits.squeeze(-1).float() if logits.shape[-1] == 1 else logits.argmax(-1)
-                for index, answer in zip(indices, said.tolist(), strict=True):
-                    result[index] = answer
-    finally:
-        model.train(was_training)
-    return result
+    return answers(TASK, model, tokenizer, encoded, batch_size=batch_size)
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    dataset: "Dataset",
-    *,
-    batch_size: int = 64,
-    max_length: int | None = None,
-    teacher: Any = None,
-) -> dict[str, float]:
-    """``accuracy``, ``macro_f1`` and ``matthews`` (Matthews 1975) of one label a text; ``macro_f1`` and ``accuracy``
-    (of whole sets) of several; ``spearman`` and ``pearson`` of numbers. With ``teacher`` also ``agreement``: the share
-    of equal answers, or the Pearson correlation with the teacher's numbers."""
-    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
-    ours = predict(model, tokenizer, dataset, **options)
-    answer = answer_of(dataset)
-    figures = METRICS[answer](truth(dataset, model.config), ours)
-    if teacher is not None:
-        theirs = ours if teacher is model else predict(teacher, tokenizer, dataset, **options)
-        same = sum(a == b for a, b in zip(theirs, ours, strict=True)) / len(ours)
-        figures["agreement"] = _correlations(theirs, ours)["pearson"] if answer == "score" else same
-    return figures
-
-
-def _single(true: Sequence[int], said: Sequence[int]) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    return {
-        "accuracy": float(accuracy_score(true, said)),
-        "macro_f1": float(f1_score(true, said, average="macro", zero_division=0)),
-        "matthews": float(matthews_corrcoef(true, said)),
-    }
-
-
-def _several(true: Sequence[Sequence[float]], said: Sequence[Sequence[int]]) -> dict[str, float]:
-    from sklearn.metrics import f1_score
-
-    whole = [[int(x) for x in row] for row in true]
-    return {
-        "macro_f1": float(f1_score(whole, said, average="macro", zero_division=0)),
-        "accuracy": sum(a == list(b) for a, b in zip(whole, said, strict=True)) / len(whole),
-    }
-
-
-def _correlations(true: Sequence[float], said: Sequence[float]) -> dict[str, float]:
-    from scipy.stats import pearsonr, spearmanr
-
-    if len(true) < 2 or len(set(true)) < 2:
-        raise DataError("The test data needs at least two rows with different scores for a correlation.")
-    if len(set(said)) < 2:  # a model that says the same of all texts knows nothing
-        return {"spearman": 0.0, "pearson": 0.0}
-    return {
-        "spearman": float(spearmanr(said, true).statistic),
-        "pearson": float(pearsonr(said, true).statistic),
-    }
-
-
-METRICS: dict[str, Callable[[Any, Any], dict[str, float]]] = {
-    "label": _single,
-    "labels": _several,
-    "score": _correlations,
-}
-
-
-def metric_of(dataset: "Dataset") -> str:
-    """``accuracy`` of one label a text, ``macro_f1`` of several, ``spearman`` of numbers."""
-    return {"labels": "macro_f1", "score": "spearman"}.get(answer_of(dataset), "accuracy")
+evaluate = classification.evaluator(predict)
 
 
 def _inputs(dataset: "Dataset") -> list[tuple[str, ...]]:
@@ -317,12 +89,12 @@ TASK = Task(
     auto_class="AutoModelForSequenceClassification",
     metric="accuracy",
     higher_is_better=True,
-    columns=COLUMNS,
+    columns=TEXTS | classification.COLUMNS,
     optional=frozenset({"text_pair", "labels", "score"}),
     read=read,
     encode=encode_rows,
     texts=texts,
-    check=check,
+    check=classification.check,
     forward=forward,
     evaluate=evaluate,
     metric_of=metric_of,

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError, ModelError
+from layershare.tasks.classification import label_ids
 from layershare.tasks.encoding import INPUTS, batches, usable_length
 from layershare.tasks.files import words
 from layershare.tasks.masking import IGNORED
 from layershare.tasks.reading import read_splits
 from layershare.tasks.task import Data, Outputs, Paths, Task
-from layershare.tasks.text_classification import label_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset

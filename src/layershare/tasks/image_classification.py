@@ -1,0 +1,86 @@
+"""Image classification: one label an image, several, or a number, see :mod:`layershare.tasks.classification`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from layershare.tasks import classification, vision
+from layershare.tasks.classification import answers, forward, head, metric_of
+from layershare.tasks.task import Data, Paths, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def read(
+    paths: Paths,
+    *,
+    test: Paths = (),
+    validation: Paths = (),
+    columns: Mapping[str, str] | None = None,
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> Data:
+    """Read images, a table with a column of paths or a folder ``LABEL/IMAGE``, with their labels.
+
+    See :class:`~layershare.tasks.task.Task`. Every image is opened once, and kept nowhere.
+    """
+    return classification.read_answers(
+        paths, candidates=vision.COLUMNS, optional=TASK.optional, beside={"image": vision.image},
+        folders=vision.folders, columns=columns, test=test, validation=validation, split=split, seed=seed,
+        skip_bad=skip_bad,
+    )  # fmt: skip
+
+
+def encode(
+    processor: Any,  # noqa: ARG001 - the same call for every task
+    dataset: "Dataset",
+    max_length: int,  # noqa: ARG001
+    config: Any = None,
+) -> "Dataset":
+    """One row for each different image; given a model's config, and where the data has them, with ``labels``."""
+    return classification.different(dataset, "image", config)
+
+
+def texts(data: Data) -> list[str]:  # noqa: ARG001 - as for every task
+    """None: there is no text."""
+    return []
+
+
+def predict(
+    model: Any,
+    processor: Any,
+    dataset: "Dataset",
+    *,
+    batch_size: int = 64,
+    max_length: int | None = None,  # noqa: ARG001
+) -> list[Any]:
+    """What the model says of each row, in the form of :func:`~layershare.tasks.classification.truth`."""
+    return answers(TASK, model, processor, dataset.select_columns(["image"]), batch_size=batch_size)
+
+
+evaluate = classification.evaluator(predict)
+
+TASK = Task(
+    name="image-classification",
+    auto_class="AutoModelForImageClassification",
+    processor="AutoImageProcessor",
+    unit="image",
+    metric="accuracy",
+    higher_is_better=True,
+    columns=vision.COLUMNS | classification.COLUMNS,
+    optional=frozenset({"labels", "score"}),
+    read=read,
+    encode=encode,
+    texts=texts,
+    check=classification.check,
+    forward=forward,
+    evaluate=evaluate,
+    metric_of=metric_of,
+    inputs=vision.INPUTS,
+    collate=vision.collate,
+    counts=vision.counts,
+    learns=True,
+    head=head,
+    fresh=vision.fresh_processor,
+)

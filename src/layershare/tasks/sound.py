@@ -1,0 +1,138 @@
+"""Sounds: from files to what a speech model reads. Needs soundfile (WAV, FLAC, OGG, MP3), and scipy to resample."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layershare.errors import DependencyError, ModelError
+from layershare.tasks.media import Medium, folder_tables, medium, stream
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from torch import Tensor
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".opus")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "audio": ("audio", "file_name", "path", "file", "filename", "wav", "sound", "audio_path", "clip"),
+}
+INPUTS = ("input_values", "input_features", "attention_mask")
+
+
+def sound(cell: Any, folder: Path) -> Medium:
+    """A cell of a table in ``folder`` as a sound that opens to its last sample, or ValueError."""
+    reader = _soundfile()
+
+    def whole(raw: io.BytesIO) -> None:
+        if not len(reader.read(raw, dtype="float32")[0]):
+            raise ValueError("no sample in it")
+
+    return medium(cell, folder, whole, "a sound")
+
+
+folders = partial(folder_tables, role="audio", suffixes=SUFFIXES)
+"""How a folder of sounds is read, see :func:`~layershare.tasks.media.folder_tables`."""
+
+
+def samples(one: Medium, rate: int) -> "np.ndarray":
+    """The sound as one channel at ``rate`` samples a second, float32 in -1 to 1."""
+    import numpy as np
+    from scipy.signal import resample_poly
+
+    found, own = _soundfile().read(stream(one), dtype="float32", always_2d=True)
+    mono = found.mean(1)
+    if own == rate:
+        return mono
+    common = math.gcd(own, rate)
+    return np.asarray(resample_poly(mono, rate // common, own // common), dtype=np.float32)
+
+
+def length(one: Medium, rate: int) -> int:
+    """How many samples :func:`samples` gives, from the header alone."""
+    told = _soundfile().info(stream(one))
+    common = math.gcd(told.samplerate, rate)
+    return -(-told.frames * (rate // common) // (told.samplerate // common))
+
+
+def with_samples(processor: Any, rows: "Dataset", seconds: float) -> "Dataset":
+    """Rows with ``audio``, and how many ``samples`` of each are read, if the model can be told by a mask."""
+    if not processor.return_attention_mask:
+        return rows
+    rate = processor.sampling_rate
+    return rows.add_column("samples", [min(length(one, rate), int(seconds * rate)) for one in rows["audio"]])
+
+
+def collate(processor: Any, rows: Sequence[Mapping[str, Any]], *, seconds: float) -> "dict[str, Tensor]":
+    """Rows with ``audio`` -> what the model reads: ``input_values`` [B, samples], or ``input_features``, and
+    ``attention_mask`` where its feature extractor gives one; ``labels`` where they have any.
+
+    Without a mask a model takes padding for sound. So that what it says of one sound does not depend on those beside
+    it, all are then padded to ``seconds``, or to what the extractor itself fixes.
+    """
+    import torch
+
+    rate = processor.sampling_rate
+    waves = [samples(row["audio"], rate)[: int(seconds * rate)] for row in rows]
+    fixed = getattr(processor, "n_samples", int(seconds * rate))
+    how = (
+        {"padding": True}
+        if processor.return_attention_mask
+        else {"padding": "max_length", "max_length": fixed}
+    )
+    made = processor(waves, sampling_rate=rate, return_tensors="pt", **how)
+    batch = {name: made[name] for name in INPUTS if name in made}
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    return batch
+
+
+def counts(rows: Any, config: Any = None) -> dict[Any, list[int]]:
+    """The samples of each sound, or, given a config, the frames that its model makes of them; nothing where all are
+    padded to one length."""
+    if "samples" not in getattr(rows, "column_names", rows):
+        return {}
+    found = rows["samples"][:]
+    return {"source": found if config is None else [frames(config, one) for one in found]}
+
+
+def mask_of(config: Any, batch: "Mapping[str, Tensor]") -> "Tensor | None":
+    """[B, frames], 1 where the model hears sound and no padding; None where it is not told."""
+    import torch
+
+    if "attention_mask" not in batch or not hasattr(config, "conv_kernel"):
+        return None
+    known = batch["attention_mask"]
+    places = torch.arange(frames(config, known.shape[1]), device=known.device)
+    return (places < frames(config, known.sum(1))[:, None]).long()
+
+
+def frames(config: Any, count: Any) -> Any:
+    """How many positions a model with this config makes of so many samples, by the convolutions at its beginning."""
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        count = (count - kernel) // stride + 1
+    return count
+
+
+def fresh_processor(config: Any) -> Any:
+    """The feature extractor of a model that is made from this config alone: its type's own. What normalises each sound
+    over time also reads a mask."""
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+
+    known: Any = FEATURE_EXTRACTOR_MAPPING.get(type(config), None)
+    if known is None:
+        raise ModelError(f"transformers has no feature extractor for {config.model_type}.")
+    made = known()
+    if hasattr(config, "feat_extract_norm"):
+        made.return_attention_mask = config.feat_extract_norm == "layer"
+    return made
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile  # type: ignore[import-untyped]
+    except ImportError:
+        raise DependencyError("Sounds need soundfile.", "pip install 'layershare[speech]'") from None
+    return soundfile
