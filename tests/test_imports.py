@@ -19,7 +19,7 @@ ROOMS = (
     ("linear", "stacks", "sharing.merge", "sharing.lowrank", "heal.losses"),
     ("sharing",),
     ("adapt", "architectures", "heal", "prune", "store", "measure", "analyse", "tasks", "train"),
-    ("exits",),
+    ("exits", "decoding"),
     ("export", "report"),
     ("compress", "sharing.folder", "exits.folder", "recipe", "demo", "pretrain", "finetune"),
     ("cli", "__main__", ""),
