@@ -58,7 +58,7 @@ def text(seed=0, tokens=5):
 def test_the_tokens_are_those_of_greedy_search(name, shared):
     model = decoder(name, shared)
     accepted = set()
-    for draft, tokens, sure in (((0, 2, 3), 4, 0.0), ((1,), 3, 0.0), ((0, 1, 2), 6, 0.5)):
+    for draft, tokens, sure in (((1, 3), 4, 0.0), ((0, 1, 2), 6, 0.5)):
         fast = speculative(model, draft, tokens=tokens, sure=sure)
         for ids in (text(0), text(1, 9)):
             expected = greedy(model, ids, 24)
@@ -66,7 +66,7 @@ def test_the_tokens_are_those_of_greedy_search(name, shared):
             accepted.add(fast.accepted / fast.guessed)
             assert fast.rounds + fast.accepted == 24
         assert torch.equal(greedy(model, ids, 24, assistant_model=fast.assistant), expected)
-    assert len(accepted) > 2  # right and wrong guesses were among them
+    assert len(accepted) > 1  # right and wrong guesses were among them
 
 
 def test_a_draft_of_all_positions_is_always_right():
@@ -103,13 +103,15 @@ def test_a_view_skips_positions_as_a_gate_of_zero_does_and_owns_nothing(name):
         assert not torch.allclose(seen, before)
 
 
-def test_cached_steps_of_a_view_equal_its_uncached_ones():
-    view = draft_view(decoder("gemma2"), (1, 2))
-    ids = text(2, 12)
-    said = greedy(view, ids, 10)
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_steps_of_a_view_equal_its_uncached_ones(name):
+    view, ids = draft_view(decoder(name), (1, 2)), text(2, 16)
+    cache = transformers.DynamicCache(config=view.config)
     with torch.no_grad():
-        for end in range(12, 22):
-            assert view(said[:, :end], use_cache=False).logits[0, -1].argmax() == said[0, end]
+        expected = view(ids, use_cache=False).logits
+        for start, end in ((0, 9), (9, 12), (12, 13), (13, 16)):
+            step = view(ids[:, start:end], past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(step, expected[:, start:end], rtol=1e-4, atol=1e-4)
 
 
 def test_the_draft_that_is_chosen_agrees_as_counted_and_a_useless_position_goes_first():
