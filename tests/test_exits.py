@@ -70,7 +70,7 @@ def padded(rows=6, tokens=6):
 
 
 def drawn_heads(model, tail, positions=(0, 1, 2)):
-    heads = new_heads(model, tail, positions)
+    heads = new_heads(model, tail, {p: (tail.pooling, "mean")[p % 2] for p in positions})
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -83,7 +83,7 @@ def depth_by_depth(model, tail, heads, batch):
     with torch.no_grad():
         out = model(**batch, output_hidden_states=True)
         said = [
-            head(tail.pooled(out.hidden_states[int(p) + 1], batch["attention_mask"]))
+            head(tail.pooled(out.hidden_states[int(p) + 1], batch["attention_mask"], head.pooling))
             for p, head in heads.items()
         ]
     return torch.stack([*said, out.logits])
@@ -161,7 +161,7 @@ def test_where_the_head_is_not_found_a_linear_map_reads_the_same_token():
     model.forward = twisted
     tail = find_tail(model)
     assert (tail.pooling, tail.before, tail.behind) == ("first", (), ())
-    assert [tuple(p.shape) for p in new_heads(model, tail, (0,)).parameters()] == [(3, 16), (3,)]
+    assert [tuple(p.shape) for p in new_heads(model, tail, {0: "first"}).parameters()] == [(3, 16), (3,)]
 
 
 def test_heads_learn_what_the_end_says_and_the_model_learns_nothing(tokenizer):
@@ -179,14 +179,16 @@ def test_heads_learn_what_the_end_says_and_the_model_learns_nothing(tokenizer):
         "input_ids": torch.tensor(rows["input_ids"][7:8]),
         "attention_mask": torch.tensor(rows["attention_mask"][7:8]),
     }
-    heads = new_heads(model, tail, (0, 2)).eval()
+    heads = new_heads(model, tail, {0: "first", 2: "mean"})
     torch.testing.assert_close(
         answers(heads, seen)[:, 7:8], depth_by_depth(model, tail, heads, one), rtol=1e-4, atol=1e-5
     )
     end = answers(heads, seen)[-1].argmax(-1)
     agreed = (answers(heads, seen).argmax(-1) == end).float().mean(1)
-    history = fit(heads, seen, seen, ExitsConfig(epochs=40, batch_size=32, learning_rate=5e-3))
-    heads.eval()
+    other = new_heads(model, tail, {0: "mean", 2: "first"})
+    heads, history = fit(
+        [heads, other], seen, seen, ExitsConfig(epochs=40, batch_size=32, learning_rate=5e-3)
+    )
     after = (answers(heads, seen).argmax(-1) == end).float().mean(1)
     assert (after[:-1] > agreed[:-1] + 0.1).all()
     assert history[-1]["validation_loss"] < history[0]["validation_loss"] / 2

@@ -10,7 +10,7 @@ import torch
 from layershare.errors import DataError, ModelError, OptionError
 from layershare.exits.config import ExitsConfig
 from layershare.exits.curve import NEVER, POINTS, Answers, choose, point, times
-from layershare.exits.fit import answers, fit, read
+from layershare.exits.fit import answers, candidates, fit, read
 from layershare.exits.head import new_heads
 from layershare.exits.model import EarlyExit
 from layershare.exits.store import AUTO_CLASS, save
@@ -72,10 +72,12 @@ def add_exits(
         precision, net = net.dtype, net.float()
         with timed("read", seconds):
             seen = {name: read(net, tail, positions, tokenizer, rows) for name, rows in texts.encoded.items()}
-        heads = new_heads(net, tail, positions, config.seed)
+        trials = [
+            new_heads(net, tail, dict.fromkeys(positions, pooling), config.seed)
+            for pooling in candidates(tail)
+        ]
         with timed("train", seconds):
-            history = fit(heads, seen["train"], seen["validation"], config)
-        heads.eval()
+            heads, history = fit(trials, seen["train"], seen["validation"], config)
         held, tested = (
             Answers(answers(heads, seen[name]), (*positions, tail.stack.length - 1))
             for name in ("validation", "test")
@@ -90,7 +92,7 @@ def add_exits(
             point(one, tested, texts.score("test"), timed_texts, taken) | {"chosen": one == threshold}
             for one in sorted({*tested.thresholds(POINTS), threshold, NEVER})
         ]
-        save(folder, heads.to(precision), threshold, {"pooling": tail.pooling, "own_head": bool(tail.behind)})
+        save(folder, heads.to(precision), threshold, {"own_head": bool(tail.behind)})
         copy_preprocessing(model, folder)
         if (plan := plan_of(net)) is not None:
             plan.save(folder / "plan.toml")
@@ -107,7 +109,7 @@ def add_exits(
             ],
             source=model, task=kind, metric=METRIC, data=found.describe(), seed=config.seed, settings=config,
             plan=plan, history=history, seconds=seconds, threads=torch.get_num_threads(),
-            notes=[*found.notes, *_notes(chosen, tail, texts, held, len(taken))],
+            notes=[*found.notes, *_notes(chosen, tail, heads, texts, held, len(taken))],
         ).model_copy(update={"curve": curve})  # fmt: skip
         result.save(folder / "result.json")
         write_atomic(folder / PICTURE, picture(result))
@@ -176,16 +178,17 @@ def _latency(taken: Sequence[float]) -> Latency:
 
 
 def _notes(
-    chosen: Mapping[str, Any], tail: Tail, texts: _Texts, held: Answers, count: int
+    chosen: Mapping[str, Any], tail: Tail, heads: Any, texts: _Texts, held: Answers, count: int
 ) -> list[str]:  # fmt: skip
     threshold, score = chosen["threshold"], texts.score("validation")
     before, after = score(held.said(NEVER)), score(held.said(threshold))
     leave = ", ".join(f"{position}: {number}" for position, number in chosen["leave"].items())
     layers = f"{chosen['layers']:.2f} of {tail.stack.length} layers run, the mean over the test texts"
-    head = "a copy of the model's head" if tail.behind else f"a linear map on the {tail.pooling} state"
+    pooled = ", ".join(f"{position}: {head.pooling}" for position, head in heads.items())
+    made = "a copy of the model's head" if tail.behind else "a linear map"
     lost = f"{METRIC} {before:.4f} in full depth, {after:.4f} with exits"
     return [
-        f"Each exit is {head}."
+        f"Each exit is {made}, trained; it reads behind position {pooled}."
         if threshold < NEVER
         else "No threshold kept the metric: the model runs in full depth.",
         f"Threshold {threshold:.4f}, chosen on {len(texts.truth['validation'])} validation texts ({lost}).",

@@ -14,11 +14,13 @@ class Head(nn.Module):
     """From pooled states [B, d] to logits [B, classes].
 
     A copy of what the model has behind its pooling, with the model's values to begin with; where that could not be
-    found, a new linear map.
+    found, a new linear map. ``pooling`` is how the states that it reads are pooled: earlier layers may have spread over
+    all tokens what the last one gathers in one.
     """
 
-    def __init__(self, tail: Tail, width: int, classes: int, like: Tensor) -> None:
+    def __init__(self, tail: Tail, pooling: str, width: int, classes: int, like: Tensor) -> None:
         super().__init__()
+        self.pooling = pooling
         steps = copy.deepcopy(tail.behind) or ((nn.Linear(width, classes), False),)
         self.steps = nn.ModuleList(module for module, _ in steps).to(like)
         self.picks = tuple(picks for _, picks in steps)
@@ -27,17 +29,17 @@ class Head(nn.Module):
         return through(zip(self.steps, self.picks, strict=True), pooled)
 
 
-def new_heads(model: Any, tail: Tail, positions: tuple[int, ...], seed: int = 0) -> nn.ModuleDict:
-    """Untrained heads behind these positions, by their numbers as text. Always the same for a seed."""
+def new_heads(model: Any, tail: Tail, poolings: Mapping[int, str], seed: int = 0) -> nn.ModuleDict:
+    """Untrained heads, position -> pooling, by their positions as text. Always the same for a seed."""
+    width, classes, like = model.config.hidden_size, model.config.num_labels, next(model.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        like = next(model.parameters())
-        made = {
-            str(p): Head(tail, model.config.hidden_size, model.config.num_labels, like) for p in positions
+        heads = {
+            str(position): Head(tail, pooling, width, classes, like) for position, pooling in poolings.items()
         }
-    for parameter in nn.ModuleDict(made).parameters():
+    for parameter in (made := nn.ModuleDict(heads)).parameters():
         parameter.requires_grad_()
-    return nn.ModuleDict(made)
+    return made.eval()
 
 
 def confidence(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from layershare.errors import OptionError, StoreError
 from layershare.exits.head import new_heads
 from layershare.exits.model import EarlyExit
-from layershare.exits.tail import find_tail
+from layershare.exits.tail import POOLINGS, find_tail
 from layershare.result import write_atomic
 from layershare.store.open import load_model, local_folder
 
@@ -23,7 +23,8 @@ AUTO_CLASS = "AutoModelForSequenceClassification"
 def save(folder: Path, heads: nn.ModuleDict, threshold: float, said: Mapping[str, Any]) -> None:
     """Write both files. ``said``: what else is worth knowing."""
     save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, folder / WEIGHTS)
-    settings = {"format": FORMAT, "positions": [*map(int, heads)], "threshold": threshold, **said}
+    poolings = {position: head.pooling for position, head in heads.items()}
+    settings = {"format": FORMAT, "exits": poolings, "threshold": threshold, **said}
     write_atomic(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
@@ -44,10 +45,13 @@ def load(folder: str | Path, *, threshold: float | None = None) -> EarlyExit:
     model = load_model(source, AUTO_CLASS)
     tail = find_tail(model)
     try:
-        heads = new_heads(model, tail, tuple(settings["positions"])).to(model.dtype)
+        poolings = {int(position): pooling for position, pooling in settings["exits"].items()}
+        if not all(pooling in POOLINGS for pooling in poolings.values()):
+            raise ValueError("an unknown pooling")
+        heads = new_heads(model, tail, poolings)
         heads.load_state_dict(load_file(source / WEIGHTS))
         chosen = float(settings["threshold"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StoreError(
             f"{folder}: its exits do not fit the model, or are broken ({reason}).", "Make them again."

@@ -50,11 +50,11 @@ class Tail:
     behind: tuple[Step, ...]
     rows: tuple[frozenset[tuple], ...]
 
-    def pooled(self, states: Tensor, mask: Tensor) -> Tensor:
-        """[B, d] of the states [B, T, d] behind any layer."""
+    def pooled(self, states: Tensor, mask: Tensor, pooling: str | None = None) -> Tensor:
+        """[B, d] of the states [B, T, d] behind any layer; default: with the model's own pooling."""
         for module in self.before:
             states = module(states)
-        return POOLINGS[self.pooling](states, mask)
+        return POOLINGS[pooling or self.pooling](states, mask)
 
 
 def find_tail(model: Any) -> Tail:
