@@ -47,17 +47,13 @@ class Answers:
 
 
 def choose(held: Answers, score: Callable[[list[int]], float], max_loss: float) -> float:
-    """The least threshold that, as all above it, keeps ``1 - max_loss`` of the score in full depth.
+    """The least threshold that keeps ``1 - max_loss`` of the score in full depth; NEVER if none does.
 
-    ``score``: classes of the texts -> the metric, higher is better. NEVER if none does.
+    ``score``: classes of the texts -> the metric, higher is better.
     """
     bar = (1 - max_loss) * score(held.said(NEVER))
-    chosen = NEVER
-    for threshold in reversed(held.thresholds(CANDIDATES)):
-        if score(held.said(threshold)) < bar:
-            break
-        chosen = threshold
-    return chosen
+    kept = (one for one in held.thresholds(CANDIDATES) if score(held.said(one)) >= bar)
+    return next(kept, NEVER)
 
 
 def times(

@@ -42,9 +42,10 @@ def add_exits(
     """Give a classifier exits behind its earlier layers, and choose how sure they must be.
 
     Each exit gets a copy of the model's own head, trained on the texts (their labels are not needed) to say what the
-    model says in the end. The model's weights stay as they are, and so do its answers in full depth. The threshold is
-    the least that loses at most ``max_loss`` of the metric on the validation split; quality and time are told of the
-    test split.
+    model says in the end; it reads what the last one reads or the mean of the tokens, whichever agrees more on the
+    validation texts. The model's weights stay as they are, and so do its answers in full depth. The threshold is the
+    least that loses at most ``max_loss`` of the metric on the validation split; quality and time are told of the test
+    split.
 
     Args:
         model: a folder or hub name of a classifier with one label a text, shared or not.
