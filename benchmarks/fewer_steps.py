@@ -81,7 +81,7 @@ def classifiers(options: argparse.Namespace) -> list[str]:
     lines = [
         "### Early exits", "",
         f"Sentiment of Rotten Tomatoes sentences, accuracy on {rows_of(files['test'])} held-out ones; mean time of",
-        f"{TEXTS} of them, one at a time. Thresholds were chosen on {rows_of(files['validation'])} other sentences.", "",
+        f"{TEXTS} of them, one at a time. Thresholds were chosen on {rows_of(files['validation'])} others.", "",
         "| | threshold | accuracy | kept | layers run | mean ms | times as fast |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip

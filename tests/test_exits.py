@@ -361,3 +361,40 @@ def test_data_without_labels_is_refused(made, tmp_path):
     file.write_text("text\n" + "".join(f"cat {i}\n" for i in range(40)), encoding="utf-8")
     with pytest.raises(DataError):
         add_exits(made[0] / "model", file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2"])
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_an_onnx_graph_leaves_at_the_same_exits_and_stores_every_weight_once(name, int8, tmp_path):
+    onnx = pytest.importorskip("onnxruntime") and __import__("layershare.onnx", fromlist=["load"])
+    from layershare.exits.store import save
+    from layershare.export import export
+
+    model = classifier(name)
+    if name != "modernbert":
+        model = share(model, make_plan(model, "cycle", unique=2))
+    tail = find_tail(model)
+    heads, batch = drawn_heads(model, tail), padded()
+    sure = depth_by_depth(model, tail, heads, batch)[:3].softmax(-1).amax(-1)
+    model.save_pretrained(tmp_path / "model")
+    save(tmp_path / "model", heads, sure.flatten().sort().values[8:10].mean().item(), {})
+    made = export(tmp_path / "model", tmp_path / "onnx", "onnx", int8=int8)
+    assert made.shared > 0 or name == "modernbert"
+    assert not int8 or made.quantized == made.products
+    early, runner = load(tmp_path / "model"), onnx.load(tmp_path / "onnx")
+    left = []
+    for row in range(6):
+        count = int(batch["attention_mask"][row].sum())
+        one = {key: value[row : row + 1, :count] for key, value in batch.items()}
+        arrays = {key: value.numpy() for key, value in one.items()}
+        wanted, found = early(**one), runner(**arrays)
+        left.append(int(found["exit"]))
+        if not int8:
+            assert left[-1] == (-1 if wanted.positions.item() == 3 else wanted.positions.item())
+        torch.testing.assert_close(
+            torch.from_numpy(found["logits"]), wanted.logits, rtol=0, atol=0.3 if int8 else 1e-4
+        )
+        runner.threshold = NEVER
+        assert runner(**arrays)["exit"] == -1
+        runner.threshold = None
+    assert len(set(left)) > 1
