@@ -14,7 +14,7 @@ class ExitsConfig(Config):
     max_loss: float = Field(
         0.005, ge=0, lt=1, description="Most of the metric on the validation split to lose, as a fraction."
     )
-    epochs: int = Field(20, ge=1, description="Times through the pooled states of the training texts.")
+    epochs: int = Field(8, ge=1, description="Times through the pooled states of the training texts.")
     batch_size: int = Field(64, ge=1, description="Texts a step.")
     learning_rate: float = Field(1e-3, gt=0, description="Of AdamW, falling linearly to 0.")
     weight_decay: float = Field(0.01, ge=0, description="Of AdamW.")
