@@ -53,7 +53,7 @@ def trade_off(result: Result, width: int = WIDTH, height: int = 300) -> str:
             side = "end" if x > (left + right) / 2 else ""
             drawn += [
                 svg.dot("result", x, y, 7, f"chosen: threshold {threshold:.4g}"),
-                svg.text(f"label {side}".strip(), x + (-12 if side else 12), y - 10, f"{quality:.4f} at {speed:.2f} x"),
+                svg.text(f"label {side}".strip(), x + (-12 if side else 12), y + 24, f"{quality:.4f} at {speed:.2f} x"),
             ]  # fmt: skip
     title = f"{spell(result.metric)} against speed, {len(points)} thresholds"
     return svg.drawing(drawn, width, height, title)
@@ -63,6 +63,7 @@ def picture(result: Result) -> str:
     """:func:`trade_off` as a file of its own, in the colours of the page."""
     style = resources.files("layershare.report").joinpath("page.css").read_text(encoding="utf-8")
     rules = [line for line in style.splitlines() if line.startswith("svg")]
+    rules.append("text { font-family: system-ui, sans-serif; }")
     colours = style[: style.index("* {")]
     drawn = trade_off(result)
     head, _, rest = drawn.partition(">")
