@@ -109,7 +109,7 @@ class _Run:
 
     def exit(self, states: Tensor, position: int) -> Tensor | None:
         """The rows that stay, None for all of them; raises _Done where none does."""
-        head = self.owner.heads[str(position)]
+        head: Any = self.owner.heads[str(position)]
         logits = head(self.owner.tail.pooled(states, self.mask, head.pooling))
         sure = confidence(logits) >= threshold_at(self.owner.threshold, position)
         if not sure.any():

@@ -112,6 +112,7 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
             raise StoreError(f"{len(products) - quantized} of {len(products)} products were not quantised.")
         shared = graph.shared(graphs.values())
         if early is not None:
+            assert isinstance(early.threshold, float)
             staged.nest(graphs["model"], early.threshold)
         files = graph.save(graphs, part)
         exits = [] if early is None else list(early.positions)

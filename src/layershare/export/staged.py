@@ -29,7 +29,8 @@ class Stages(nn.Module):
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
         said = {}
-        for position, head in self.heads.items():
+        heads: Mapping[str, Any] = dict(self.heads.items())
+        for position, head in heads.items():
             pooled = self.tail.pooled(out.hidden_states[int(position) + 1], mask, head.pooling)
             said[STAGE.format(position)] = head(pooled)
         return said | {LOGITS: out.logits}

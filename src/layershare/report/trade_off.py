@@ -50,10 +50,9 @@ def trade_off(result: Result, width: int = WIDTH, height: int = 300) -> str:
     for speed, quality, threshold in points:
         if threshold == chosen:
             x, y = at(speed, quality)
-            side = "end" if x > (left + right) / 2 else ""
             drawn += [
                 svg.dot("result", x, y, 7, f"chosen: threshold {threshold:.4g}"),
-                svg.text(f"label {side}".strip(), x + (-12 if side else 12), y + 24, f"{quality:.4f} at {speed:.2f} x"),
+                svg.text("label mid", min(max(x, left + 64), right - 64), y + 28, f"{quality:.4f} at {speed:.2f} x"),
             ]  # fmt: skip
     title = f"{spell(result.metric)} against speed, {len(points)} thresholds"
     return svg.drawing(drawn, width, height, title)
