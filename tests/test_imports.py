@@ -19,8 +19,9 @@ ROOMS = (
     ("linear", "stacks", "sharing.merge", "sharing.lowrank", "heal.losses"),
     ("sharing",),
     ("adapt", "architectures", "heal", "prune", "store", "measure", "analyse", "tasks", "train"),
+    ("exits", "decoding"),
     ("export", "report"),
-    ("compress", "sharing.folder", "recipe", "demo", "pretrain", "finetune"),
+    ("compress", "sharing.folder", "exits.folder", "recipe", "demo", "pretrain", "finetune"),
     ("cli", "__main__", ""),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

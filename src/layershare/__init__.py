@@ -8,6 +8,7 @@ from layershare._when import when_imported
 
 if TYPE_CHECKING:
     from layershare.analyse.encode import encode
+    from layershare.decoding import speculative
     from layershare.errors import LayershareError
     from layershare.plan import SharingPlan
     from layershare.result import Result
@@ -27,6 +28,7 @@ _HOMES = {
     "predict": "sharing",
     "retie": "sharing",
     "share": "sharing",
+    "speculative": "decoding",
     "unshare": "sharing",
     "verify": "sharing",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "predict",
     "retie",
     "share",
+    "speculative",
     "unshare",
     "verify",
 ]

@@ -202,6 +202,13 @@ Anew = Annotated[bool, typer.Option("--anew", help="Forget an interrupted run in
 TrainSteps = Annotated[
     int | None, typer.Option("--steps", help="Optimizer steps; default: the verb's own number.")
 ]
+MaxLoss = Annotated[
+    float, typer.Option(help="The most of the metric to lose on the validation texts, as a fraction.")
+]
+ExitsSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE of the exits, as positions=[1,3] or epochs=10; may be repeated."),
+]
 ExportFormat = Annotated[str, typer.Option("--format", help="What to write: dense or onnx.")]
 Benched = Annotated[
     list[Path], typer.Argument(help="Model folders and ONNX exports; the first is the measure.")

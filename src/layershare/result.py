@@ -118,6 +118,9 @@ class Result(_Saved):
     history: Annotated[list[dict[str, Any]], Plain] = Field(
         default_factory=list, description="step, loss, ..."
     )
+    curve: Annotated[list[dict[str, Any]], Plain] = Field(
+        default_factory=list, description="points of a trade-off: threshold, quality, times_as_fast, ..."
+    )
     seconds: dict[str, float] = Field(default_factory=dict, description="wall time of each stage")
     notes: list[str] = Field(default_factory=list)
 

@@ -37,6 +37,7 @@ VERBS: tuple[Callable[..., Shown], ...] = (
     judge.evaluate,
     judge.verify,
     judge.report,
+    ship.exits,
     ship.export,
     ship.bench,
     look.encode,

@@ -1,7 +1,25 @@
-"""Verbs for a model that goes out: export, bench."""
+"""Verbs for a model that goes out: exits, export, bench."""
 
 from layershare import options as opt
-from layershare.cli.answer import Shown, note
+from layershare.cli.answer import Shown, columns, made, note, task_of, values
+
+
+def exits(
+    model: opt.Model, *, data: opt.Data, out: opt.Out, task: opt.Task = "text-classification", test: opt.Test = None,
+    validation: opt.Validation = None, column: opt.Column = None, max_loss: opt.MaxLoss = 0.005, seed: opt.Seed = 0,
+    settings: opt.ExitsSet = None, skip_bad: opt.SkipBad = False,
+) -> Shown:  # fmt: skip
+    """Let a classifier answer behind an earlier layer where it is sure. Its answers in full depth stay as they are."""
+    from layershare.exits import ExitsConfig
+    from layershare.exits.folder import add_exits
+
+    own = {"max_loss": max_loss, "seed": seed}
+    result = add_exits(
+        model, data, out, task=task_of(task, None, skip_bad), validation=validation, test=test,
+        columns=columns(column), config=ExitsConfig.parse(own | values(settings, "--set")),
+    )  # fmt: skip
+    shown = made(result, out)
+    return Shown("\n".join([*result.notes[-5:-1], "", shown.text]), shown.data)
 
 
 def export(
@@ -10,8 +28,8 @@ def export(
     """Write a model for other tools. dense: every position with its own weights; onnx: every weight once."""
     from layershare.export import export
 
-    made = export(folder, out, form, int8=int8)
-    return Shown(f"{made}\nSaved in {out}", made.to_dict())
+    found = export(folder, out, form, int8=int8)
+    return Shown(f"{found}\nSaved in {out}", found.to_dict())
 
 
 def bench(
@@ -24,7 +42,9 @@ def bench(
 
     if out is not None:
         check(out)  # before minutes of measuring
-    made = bench(folders, tokens=tokens, new=new, batch=batch, threads=threads, progress=note)
+    found = bench(folders, tokens=tokens, new=new, batch=batch, threads=threads, progress=note)
     if out is not None:
-        save(made, out)
-    return Shown("\n".join([made.machine, "", made.table(), "", *made.notes()]), made.model_dump(mode="json"))
+        save(found, out)
+    return Shown(
+        "\n".join([found.machine, "", found.table(), "", *found.notes()]), found.model_dump(mode="json")
+    )

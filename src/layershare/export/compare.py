@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from layershare.exits.curve import NEVER
+from layershare.exits.model import EarlyExit
 from layershare.onnx.runner import Runner
 
 ROWS, TOKENS, NEW = 3, 7, 8
@@ -23,8 +25,11 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, runner: Runner) -> Comparison:
-    """Run both on the same random inputs, some of them padded; a model that generates also from its cache."""
+def compare(model: PreTrainedModel, runner: Runner, early: EarlyExit | None = None) -> Comparison:
+    """Run both on the same random inputs, some of them padded; a model that generates also from its cache.
+
+    With ``early`` the graph has exits: compared are full depth, and then the first exit.
+    """
     if runner.kind == "vision":
         size = model.config.image_size
         shape = (size, size) if isinstance(size, int) else tuple(size)
@@ -44,7 +49,16 @@ def compare(model: PreTrainedModel, runner: Runner) -> Comparison:
     known = {one.name for one in runner.sessions["model"].get_inputs()}
     inputs = {name: tensor for name, tensor in inputs.items() if name in known}
     kept = mask.bool() if "attention_mask" in known else None
-    return _outputs(model(**inputs), runner(**{n: t.numpy() for n, t in inputs.items()}), kept)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    if early is None:
+        return _outputs(model(**inputs), runner(**arrays), kept)
+    before, runner.threshold = runner.threshold, NEVER
+    full = _outputs(model(**inputs), {"logits": runner(**arrays)["logits"]})
+    runner.threshold = 0.0
+    forced = EarlyExit(early.model, early.heads, 0.0, early.tail)
+    first = _outputs(forced(**inputs), {"logits": runner(**arrays)["logits"]})
+    runner.threshold = before
+    return max(full, first, key=lambda found: found.difference)
 
 
 def _outputs(wanted: Any, found: dict[str, np.ndarray], mask: Tensor | None = None) -> Comparison:

@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
+from layershare.exits.store import SETTINGS
+from layershare.exits.store import load as load_exits
 from layershare.export.compare import compare
 from layershare.export.programs import Program, kind_of, programs
 from layershare.onnx.runner import MANIFEST, load
@@ -84,20 +86,24 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
     without ``int8``, outputs differ (nothing is left then). With ``int8`` they do: by how much is in what is returned.
     """
     _require()
-    from layershare.export import graph
+    from layershare.export import graph, staged
     from layershare.export.int8 import quantize
 
     with new_folder(out) as part:
-        model = load_model(folder).float()
+        early = load_exits(folder).float() if (Path(folder) / SETTINGS).is_file() else None
+        model = load_model(folder).float() if early is None else early.model
         tokenizer = None
         with contextlib.suppress(ModelError):
             tokenizer = load_tokenizer(folder)
         said = _manifest(model, tokenizer)
         names = tokenizer.model_input_names if tokenizer is not None else ("attention_mask",)
-        graphs = {program.name: trace(program) for program in programs(model, names)}
+        parts = programs(model, names)
+        if early is not None:
+            parts = [replace(part_of, module=staged.Stages(early)) for part_of in parts]
+        graphs = {program.name: trace(program) for program in parts}
         for made in graphs.values():
             graph.tidy(made)
-        unique = _unique_bytes(model)
+        unique = _unique_bytes(model) + (0 if early is None else count(early.heads).bytes_unique)
         _refuse_copies(graph.stored(graphs.values(), graph.MATRIX), unique)
         if int8:
             for made in graphs.values():
@@ -107,9 +113,13 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
         if int8 and quantized < len(products):
             raise StoreError(f"{len(products) - quantized} of {len(products)} products were not quantised.")
         shared = graph.shared(graphs.values())
+        if early is not None:
+            assert isinstance(early.threshold, float)
+            staged.nest(graphs["model"], early.threshold)
         files = graph.save(graphs, part)
-        _write_beside(model, folder, part, said | {"graphs": files, "int8": int8})
-        found = compare(model, load(part))
+        exits = [] if early is None else list(early.positions)
+        _write_beside(model, folder, part, said | {"graphs": files, "int8": int8, "exits": exits})
+        found = compare(model, load(part), early)
         if not int8 and not found.difference <= TOLERANCE * found.scale:
             raise StoreError(
                 f"outputs of the graph differ from those of {folder} by {found.difference:.1e}: it was not kept."

@@ -48,6 +48,9 @@ class Runner:
         config: the model's config.json.
         int8: whether it is quantised.
         sessions: the onnxruntime session of each graph, by name.
+        exits: positions behind which a classifier may stop, see :mod:`layershare.exits`; the output ``exit`` says where
+            it did, -1: nowhere. Texts of a batch leave together, so give one at a time.
+        threshold: how sure an exit must be; None: as was chosen for it.
     """
 
     def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
@@ -63,6 +66,7 @@ class Runner:
             self.pooling: str | None = said["pooling"]
             self.beyond_greedy: list[str] = said["beyond_greedy"]
             graphs: dict[str, str] = said["graphs"]
+            self.exits: list[int] = said.get("exits", [])
             file = self.folder / "config.json"
             self.config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -70,6 +74,7 @@ class Runner:
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{file} is broken or of another version ({error}).", "Export again.") from None
         self.sessions = {name: open_session(self.folder / part, threads) for name, part in graphs.items()}
+        self.threshold: float | None = None
         self._tokenizer: Any = None
 
     def __call__(self, graph: str | None = None, /, **arrays: np.ndarray) -> Arrays:
@@ -77,6 +82,9 @@ class Runner:
         session = self.sessions[graph] if graph else next(iter(self.sessions.values()))
         known = {one.name for one in session.get_inputs()}
         outputs = [one.name for one in session.get_outputs()]
+        if self.exits and self.threshold is not None:
+            known.add("threshold")
+            arrays["threshold"] = np.array(self.threshold, dtype=np.float32)
         found = session.run(outputs, {name: array for name, array in arrays.items() if name in known})
         return dict(zip(outputs, found, strict=True))
 

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from layershare.report.charts import curve, latency_bars, parameter_bars
 from layershare.report.plan_svg import plan_svg
+from layershare.report.trade_off import trade_off
 from layershare.result import BYTES_NOT_FLOPS, WHY, Figures, Result, percent, spell
 
 
@@ -36,6 +37,7 @@ def html(result: Result) -> str:
         loss=Markup(curve(result.history, "loss")),
         quality=Markup(curve(result.history, quality)) if (quality := quality_key(result)) else "",
         quality_name=quality_key(result),
+        trade_off=Markup(trade_off(result)),
         latencies=[(shape(result, batch), Markup(latency_bars(result.models, batch))) for batch in batches],
         provenance=provenance(result),
     )

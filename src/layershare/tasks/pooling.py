@@ -31,7 +31,7 @@ def last(states: "Tensor", mask: "Tensor") -> "Tensor":
     import torch
 
     places = torch.arange(mask.shape[1], device=mask.device) * mask
-    return states[torch.arange(len(states), device=states.device), places.argmax(1)]
+    return states[torch.arange(states.shape[0], device=states.device), places.argmax(1)]
 
 
 def largest(states: "Tensor", mask: "Tensor") -> "Tensor":
