@@ -8,8 +8,9 @@ from layershare import make_plan, share, verify
 from layershare.errors import DataError, PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing import sequential
-from layershare.sharing.sequential import adapted
-from layershare.sharing.statistics import Paired, collect, collect_pairs, order_of_calls
+from layershare.sharing.pairs import Paired, collect_pairs, readers_of_sums
+from layershare.sharing.sequential import aim_of
+from layershare.sharing.statistics import collect, order_of_calls
 from layershare.stacks import find_stacks
 
 
@@ -17,8 +18,8 @@ def samples(seed: int, count: int = 200, size: int = 6) -> torch.Tensor:
     return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pair_of(x: torch.Tensor, y: torch.Tensor) -> Paired:
-    return Paired(y.T @ y / len(y), (x - y).T @ y / len(y))
+def pair_of(y: torch.Tensor, gap: torch.Tensor) -> Paired:
+    return Paired(y.T @ y / len(y), y.mean(0), gap.T @ y / len(y), gap.mean(0))
 
 
 def texts(batch_for, kind, count=6):
@@ -32,40 +33,79 @@ def texts(batch_for, kind, count=6):
     return batches
 
 
-def test_the_adapted_map_is_the_least_squares_solution():
-    x, y = samples(0), samples(0) + 0.3 * samples(1)
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    wanted = torch.linalg.lstsq(y, x @ weight.T).solution.T
-    torch.testing.assert_close(adapted(weight, pair_of(x, y), ridge=1e-12), wanted)
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_whole_way_is_the_least_squares_solution(biased):
+    x, y = samples(0) + 1, samples(0) + 0.3 * samples(1) - 1
+    weight, bias = samples(2, 4), samples(3, 1, 4)[0] if biased else None
+    target = x @ weight.T + samples(4, size=4)  # what the map should say, sum and all
+    now = y @ weight.T + (0 if bias is None else bias)
+    aim = aim_of(weight, bias, pair_of(y, target - now), ridge=1e-12, step=1.0)
+    seen = torch.cat([y, torch.ones(len(y), 1)], 1) if biased else y
+    wanted = torch.linalg.lstsq(seen, target).solution.T
+    torch.testing.assert_close(aim.weight, wanted[:, :6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(aim.output, target.mean(0))
+    if biased:
+        torch.testing.assert_close(aim.output - aim.weight @ aim.seen, wanted[:, 6], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(aim.gram, y.T.cov(correction=0), rtol=1e-4, atol=1e-5)
 
 
 def test_where_nothing_has_changed_the_map_stays():
     x, weight = samples(0), samples(1, 4)
-    torch.testing.assert_close(adapted(weight, pair_of(x, x)), weight)
+    torch.testing.assert_close(aim_of(weight, None, pair_of(x, torch.zeros(200, 4, dtype=x.dtype))).weight, weight)
 
 
 def test_ridge_pulls_towards_the_original_weights():
     x, y, weight = samples(0), samples(0) + 0.3 * samples(1), samples(2, 4)
-    steps = [float((adapted(weight, pair_of(x, y), r) - weight).norm()) for r in (1e-6, 1.0, 1e6)]
+    pair = pair_of(y, (x - y) @ weight.T)
+    steps = [float((aim_of(weight, None, pair, ridge=r).weight - weight).norm()) for r in (1e-6, 1.0, 1e6)]
     assert steps[0] > steps[1] > steps[2]
     assert steps[2] < 1e-5
 
 
 def test_pairs_are_counted_over_what_both_models_see(tiny, batch_for):
+    """Of a map that is added to the stream, the gap is that of the sum."""
     original, other = tiny("bert"), tiny("bert", seed=3)
-    module, mask = "encoder.layer.1.intermediate.dense", torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    module, mask = "encoder.layer.1.output.dense", torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    norm = "encoder.layer.1.output.LayerNorm"
     batch = batch_for("bert") | {"attention_mask": mask}
     seen = {}
     for name, model in (("x", original), ("y", other)):
-        hook = model.get_submodule(module).register_forward_pre_hook(
-            lambda _, args, name=name: seen.__setitem__(name, args[0][mask.bool()])
-        )
+        dense = model.get_submodule(module)
+        hooks = [
+            dense.register_forward_hook(
+                lambda _, args, out, name=name: seen.update({name: args[0][mask.bool()], name + "out": out[mask.bool()]})
+            ),
+            model.get_submodule(norm).register_forward_pre_hook(
+                lambda _, args, name=name: seen.__setitem__(name + "sum", args[0][mask.bool()])
+            ),
+        ]
         output(model, batch)
-        hook.remove()
-    found = collect_pairs(original, other, {module: module}, [batch, batch])[module]
-    torch.testing.assert_close(found.gram, seen["y"].T @ seen["y"] / 10)
-    torch.testing.assert_close(found.shift, (seen["x"] - seen["y"]).T @ seen["y"] / 10)
-    torch.testing.assert_close(found.gram, collect(other, [module], [batch])[module])
+        for hook in hooks:
+            hook.remove()
+    for what, sums in (("out", None), ("sum", {module: (norm, norm)})):
+        found = collect_pairs(original, other, {module: module}, [batch, batch], sums)[module]
+        gap = seen["x" + what] - seen["y" + what]
+        torch.testing.assert_close(found.gram, seen["y"].T @ seen["y"] / 10)
+        torch.testing.assert_close(found.mean, seen["y"].mean(0))
+        torch.testing.assert_close(found.shift, gap.T @ seen["y"] / 10)
+        torch.testing.assert_close(found.lift, gap.mean(0))
+        torch.testing.assert_close(found.gram, collect(other, [module], [batch])[module])
+
+
+READERS = {
+    "bert": ("encoder.layer", {"attention.output.dense": "0.attention.output.LayerNorm", "output.dense": "0.output.LayerNorm"}),
+    "llama": ("model.layers", {"self_attn.o_proj": "0.post_attention_layernorm", "mlp.down_proj": "1"}),
+    "gpt2": ("transformer.h", {"attn.c_proj": "0.ln_2", "mlp.c_proj": "1"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_sums_are_found_by_trying(name, tiny, batch_for):
+    model, (stack, wanted) = tiny(name), READERS[name]
+    layer = find_stacks(model)[0].layers[0]
+    maps = [f"{stack}.0.{weight.name}".rpartition(".")[0] for weight in layer if weight.factorable]
+    found = readers_of_sums(model, maps, batch_for(name))
+    assert found == {f"{stack}.0.{leaf}": f"{stack}.{reader}" for leaf, reader in wanted.items()}
 
 
 def test_order_of_calls_puts_together_what_sees_one_tensor(tiny, batch_for):
