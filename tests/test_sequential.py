@@ -8,6 +8,7 @@ from layershare import make_plan, share, verify
 from layershare.errors import DataError, PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing import sequential
+from layershare.sharing.moments import Moments, measure
 from layershare.sharing.pairs import Paired, collect_pairs, readers_of_sums
 from layershare.sharing.sequential import aim_of
 from layershare.sharing.statistics import collect, order_of_calls
@@ -51,7 +52,9 @@ def test_the_whole_way_is_the_least_squares_solution(biased):
 
 def test_where_nothing_has_changed_the_map_stays():
     x, weight = samples(0), samples(1, 4)
-    torch.testing.assert_close(aim_of(weight, None, pair_of(x, torch.zeros(200, 4, dtype=x.dtype))).weight, weight)
+    torch.testing.assert_close(
+        aim_of(weight, None, pair_of(x, torch.zeros(200, 4, dtype=x.dtype))).weight, weight
+    )
 
 
 def test_ridge_pulls_towards_the_original_weights():
@@ -73,7 +76,9 @@ def test_pairs_are_counted_over_what_both_models_see(tiny, batch_for):
         dense = model.get_submodule(module)
         hooks = [
             dense.register_forward_hook(
-                lambda _, args, out, name=name: seen.update({name: args[0][mask.bool()], name + "out": out[mask.bool()]})
+                lambda _, args, out, name=name: seen.update(
+                    {name: args[0][mask.bool()], name + "out": out[mask.bool()]}
+                )
             ),
             model.get_submodule(norm).register_forward_pre_hook(
                 lambda _, args, name=name: seen.__setitem__(name + "sum", args[0][mask.bool()])
@@ -93,7 +98,10 @@ def test_pairs_are_counted_over_what_both_models_see(tiny, batch_for):
 
 
 READERS = {
-    "bert": ("encoder.layer", {"attention.output.dense": "0.attention.output.LayerNorm", "output.dense": "0.output.LayerNorm"}),
+    "bert": (
+        "encoder.layer",
+        {"attention.output.dense": "0.attention.output.LayerNorm", "output.dense": "0.output.LayerNorm"},
+    ),
     "llama": ("model.layers", {"self_attn.o_proj": "0.post_attention_layernorm", "mlp.down_proj": "1"}),
     "gpt2": ("transformer.h", {"attn.c_proj": "0.ln_2", "mlp.c_proj": "1"}),
 }  # fmt: skip
@@ -184,10 +192,57 @@ def test_errors_pile_up_less(name, tiny, batch_for):
             parameter.mul_(8 if parameter.dim() > 1 else 1)
     plan, batches = PLANS[name](model), texts(batch_for, "llama", 12)
     errors = {}
-    for way in ("inputs", "sequential"):
+    for way in ("inputs", "answer", "sequential"):
         student = share(model, plan, calibration=batches, fit=way)
         errors[way] = sum(float((output(student, b) - output(model, b)).square().mean()) for b in batches)
-    assert errors["sequential"] < 0.97 * errors["inputs"]
+    assert errors["sequential"] < 0.97 * min(errors["inputs"], errors["answer"])
+
+
+def test_biases_bring_every_sum_to_the_mean_of_the_original(tiny, batch_for):
+    model, batches = tiny("bert"), texts(batch_for, "bert", 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05)  # so that means are far from 0
+    student = share(model, alone(model), calibration=batches, fit="sequential")
+    plain = share(model, alone(model), calibration=batches, fit="answer")
+    norms = [name for name, module in model.encoder.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    wanted, found, without = (
+        mean_inputs(one.encoder, norms, one, batches) for one in (model, student, plain)
+    )
+    assert len(norms) == 8
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    assert (without - wanted).abs().max() > 5e-3
+
+
+def mean_inputs(root, names, model, batches):
+    """The mean row that each module reads over all tokens."""
+    sums = dict.fromkeys(names, 0)
+    hooks = [
+        root.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: sums.update({name: sums[name] + args[0].flatten(0, 1).mean(0)})
+        )
+        for name in names
+    ]
+    for batch in batches:
+        output(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([sums[name] / len(batches) for name in names])
+
+
+def test_the_slopes_of_the_answer_say_where_errors_count(tiny, batch_for):
+    """Where the answer looks at one direction of a map's output alone, that one is kept."""
+    model, batches = tiny("bert"), texts(batch_for, "bert", 6)
+    module = "encoder.layer.3.output.dense"
+    seen = measure(model, batches)
+    sharp = torch.full((16,), 1e-6, dtype=torch.float64)
+    sharp[5] = 1.0
+    groups = (Group(positions=(3,), parts=("output.dense.weight",), method="basis", rank=1),)
+    plan = SharingPlan(stacks=(StackPlan(name="encoder.layer", length=4, groups=groups),))
+    known = Moments(seen.inputs, seen.slopes | {module: sharp.diag()})
+    student = share(model, plan, calibration=batches, fit="sequential", known=known)
+    kept = student.get_submodule(module).weight[5]
+    torch.testing.assert_close(kept, model.get_submodule(module).weight[5], atol=1e-3, rtol=1e-2)
 
 
 def test_without_private_factors_to_fit_again_the_shared_ones_stay(tiny, batch_for, monkeypatch):

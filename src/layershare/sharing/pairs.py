@@ -1,4 +1,4 @@
-"""One map in two models of one shape: what it sees in the student, and how far its output is from the original's aim."""
+"""One map in two models of one shape: what it sees in the student, and how far its output is from the original's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -51,7 +51,7 @@ def collect_pairs(
                 if (name, 0) not in ours or (old, 1) not in theirs:
                     continue
                 y = ours[name, 0]
-                here, there = readers[name] if name in readers else (name, old)
+                here, there = readers.get(name, (name, old))
                 side = 0 if name in readers else 1
                 now, aim = ours[here, side], theirs[there, side]
                 # Experts see other tokens in the other model: no pairs, so nothing to make up for.
@@ -70,7 +70,9 @@ def readers_of_sums(model: nn.Module, modules: Sequence[str], batch: Batch) -> d
     Found by trying, not by names: something is added to the output, and the first tensor that any later module reads
     and that moves by exactly this is the sum. Modules without one are left out.
     """
-    batch = {k: value[:2] if isinstance(value, Tensor) and value.ndim else value for k, value in batch.items()}
+    batch = {
+        k: value[:2] if isinstance(value, Tensor) and value.ndim else value for k, value in batch.items()
+    }
     outputs: dict[str, Tensor] = {}
     found: dict[str, str] = {}
     with evaluating(model):

@@ -59,7 +59,9 @@ def aim_of(
     output = dense @ mean + lift + (0 if bias is None else bias.double())
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if bias is not None:
-        rounding = 1e-6 * gram.diagonal().mean() * eye  # what is left of single precision after the difference
+        rounding = (
+            1e-6 * gram.diagonal().mean() * eye
+        )  # what is left of single precision after the difference
         gram, shift = gram - torch.outer(mean, mean) + rounding, shift - torch.outer(lift, mean)
     away = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * eye, shift, left=False)
     return Aim((dense + step * away).to(weight.dtype), gram, mean, output)
@@ -131,14 +133,14 @@ def solve_in_order(
             _put(student, job, values, made)
             for module, aim in zip(modules, aims, strict=False):
                 if (name := f"{module}.bias") in weights and name not in shared:
-                    values[name] = (aim.output - _rows(student, module).double() @ aim.seen).to(weights[name].dtype)
+                    values[name] = (aim.output - _rows(student, module).double() @ aim.seen).to(
+                        weights[name].dtype
+                    )
                     student.get_parameter(name).copy_(values[name])
     return values
 
 
-def _aim(
-    student: nn.Module, original: nn.Module, module: str, old: str, weight: Tensor, pair: Paired
-) -> Aim:
+def _aim(student: nn.Module, original: nn.Module, module: str, old: str, weight: Tensor, pair: Paired) -> Aim:
     """What ``module`` should be. ``weight`` (out, in): the original's; the gap is what the present one leaves."""
     bias = getattr(original.get_submodule(old), "bias", None)
     more = (_rows(student, module) - weight).float()
