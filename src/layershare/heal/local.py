@@ -39,10 +39,12 @@ def check_local(student: Any, teacher: Any, pairs: LayerMap) -> None:
 
 
 @contextmanager
-def by_itself(layers: Sequence[Sequence[nn.Module]], pairs: LayerMap, hidden: Mapping[int, Tensor]) -> Iterator[None]:
+def by_itself(
+    layers: Sequence[Sequence[nn.Module]], pairs: LayerMap, hidden: Mapping[int, Tensor]
+) -> Iterator[None]:
     """Within it, a layer whose predecessor is compared with a teacher's reads ``hidden`` of that one [B, T, d] instead
-    of its output: no gradient goes further back, and no error further on. ``pairs``: as in :mod:`.layers`; ``layers``: of
-    the student, by part."""
+    of its output: no gradient goes further back, and no error further on. ``pairs``: as in :mod:`.layers`;
+    ``layers``: of the student, by part."""
 
     def reads(given: Tensor) -> Callable:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

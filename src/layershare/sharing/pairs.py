@@ -1,7 +1,7 @@
 """One map in two models of one shape: what it sees in the student, and how far its output is from the original's."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,10 @@ from layershare.sharing.statistics import Batch, evaluating, refuse_unseen, rows
 
 # How exactly a sum must follow what is added to one of its terms; bf16 rounds it to about 1 %.
 EXACT = 0.05
+
+
+Again = Callable[[int], tuple[AbstractContextManager, AbstractContextManager]]
+"""Number of a batch -> within what the original, and the student, are run on it."""
 
 
 class Paired(NamedTuple):
@@ -31,29 +35,34 @@ class Paired(NamedTuple):
 @torch.no_grad()
 def collect_pairs(
     original: nn.Module, student: nn.Module, modules: Mapping[str, str], batches: Iterable[Batch],
-    sums: Mapping[str, tuple[str, str]] | None = None,
+    sums: Mapping[str, tuple[str, str]] | None = None, again: Again | None = None,
 ) -> dict[str, Paired]:  # fmt: skip
     """What ``modules`` see and miss in two models that get the same batches. Keys: names in the student, values: in the
     original. ``sums``: for modules of the student, which module reads the sum that they add to, there and in the
-    original (:func:`readers_of_sums`). Neither model runs further than it must. Raises DataError if a module sees no
-    token.
+    original (:func:`readers_of_sums`). ``again``: what need not be computed again, in the original and the student.
+    Neither model runs further than it must. Raises DataError if a module sees no token.
     """
     readers = {name: sums[name] for name in modules if sums and name in sums}
     found: dict[str, Paired] = {}
     seen: dict[str, int] = {}
     runs = 0
     with evaluating(original), evaluating(student):
-        for batch in batches if modules else ():
+        for number, batch in enumerate(batches if modules else ()):
             runs += 1
-            theirs = _run(original, list(modules.values()), [reader for _, reader in readers.values()], batch)
-            ours = _run(student, list(modules), [reader for reader, _ in readers.values()], batch)
+            there, here = (nullcontext(), nullcontext()) if again is None else again(number)
+            with there:
+                theirs = _run(
+                    original, list(modules.values()), [reader for _, reader in readers.values()], batch
+                )
+            with here:
+                ours = _run(student, list(modules), [reader for reader, _ in readers.values()], batch)
             for name, old in modules.items():
                 if (name, 0) not in ours or (old, 1) not in theirs:
                     continue
                 y = ours[name, 0]
-                here, there = readers.get(name, (name, old))
+                own, its = readers.get(name, (name, old))
                 side = 0 if name in readers else 1
-                now, aim = ours[here, side], theirs[there, side]
+                now, aim = ours[own, side], theirs[its, side]
                 # Experts see other tokens in the other model: no pairs, so nothing to make up for.
                 gap = aim - now if aim.shape == now.shape else torch.zeros_like(ours[name, 1])
                 one = Paired(y.T @ y, y.sum(0), gap.T @ y, gap.sum(0))

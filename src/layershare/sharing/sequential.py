@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 from layershare.linear import kind_of
 from layershare.sharing.layout import Job, Layout
 from layershare.sharing.moments import Moments
-from layershare.sharing.pairs import Paired, collect_pairs, readers_of_sums
+from layershare.sharing.pairs import Again, Paired, collect_pairs, readers_of_sums
+from layershare.sharing.replay import Replay, replayable
 from layershare.sharing.solve import dense_values, refit, rows, solve, solve_one
-from layershare.sharing.statistics import Grams, order_of_calls
+from layershare.sharing.statistics import Batch, Grams, order_of_calls
 from layershare.sharing.tie import fill, install
 
 # Pull towards the original weights where activations are rare, in units of the mean eigenvalue of E[y y^T].
@@ -91,7 +92,7 @@ def solve_in_order(
     compressed maps as they come, and is left so: its weights are not the original's any more, and its gates are on.
     ``in_original``: from a name in the student to that in the original. ``slopes``: of the answer, by names in the
     original. Statistics are kept for one step at a time: the maps that see the same tensor. Both models run once for
-    each step, only as far as it.
+    each step, only as far as it, and layers that are settled are not computed again.
     """
     weights = dict(original.named_parameters(remove_duplicate=False))
     first = Layout((), layout.gates, tables=layout.tables)
@@ -112,10 +113,18 @@ def solve_in_order(
         name: (reader, in_original(reader))
         for name, reader in readers_of_sums(student, list(turns), batches[0]).items()
     }
-    for step in tqdm(steps, desc="calibrate", disable=None, leave=False):
+    again = _replays(student, original, layout, in_original, batches[0])
+    for number, step in enumerate(tqdm(steps, desc="calibrate", disable=None, leave=False)):
         due = [turn for turn in step if turn.at == 0 or (turn.job.private and turn.job.ties[0][0] in values)]
         watched = list(dict.fromkeys(name for turn in due for name in _watched(turn)))
-        pairs = collect_pairs(original, student, {name: in_original(name) for name in watched}, batches, sums)
+        pairs = collect_pairs(
+            original,
+            student,
+            {name: in_original(name) for name in watched},
+            batches,
+            sums,
+            again(steps[number:]),
+        )
         for job, at in due:
             names, modules = (job.sources, job.modules) if at == 0 else ([job.names[at]], [job.modules[at]])
             exact = [weights[in_original(name)] for name in names]
@@ -138,6 +147,29 @@ def solve_in_order(
                     )
                     student.get_parameter(name).copy_(values[name])
     return values
+
+
+def _replays(
+    student: nn.Module, original: nn.Module, layout: Layout, in_original: Callable[[str], str], batch: Batch
+) -> Callable[[Sequence[Sequence[_Turn]]], Again | None]:
+    """From the steps that are left to what the two models need not compute again; None where it cannot be done."""
+    stacks = list(dict.fromkeys(job.stack for job in layout.jobs))
+    lengths = {stack: len(list(student.get_submodule(stack).children())) for stack in stacks}
+    if not (replayable(student, stacks, batch) and replayable(original, stacks, batch)):
+        return lambda _: None
+    before, after = Replay(original), Replay(student)
+
+    def again(left: Sequence[Sequence[_Turn]]) -> Again:
+        ours = lengths.copy()
+        for job, at in (turn for step in left for turn in step):
+            ours[job.stack] = min(ours[job.stack], job.layers[at])
+        theirs = {
+            stack: int(in_original(f"{stack}.{count - 1}").rpartition(".")[2]) + 1 if count else 0
+            for stack, count in ours.items()
+        }
+        return lambda number: (before.run(number, theirs), after.run(number, ours))
+
+    return again
 
 
 def _aim(student: nn.Module, original: nn.Module, module: str, old: str, weight: Tensor, pair: Paired) -> Aim:
