@@ -54,7 +54,7 @@ def by_itself(
 
         return hook
 
-    following = {}
+    following: dict[int, nn.Module] = {}
     start = 0
     for part in layers:
         following |= dict(enumerate(part[1:], start))

@@ -31,11 +31,11 @@ class Replay:
         patched: list[tuple[nn.Module, Any]] = []
         hooks = []
         for stack, count in settled.items():
-            layers = self.model.get_submodule(stack)
+            layers = list(self.model.get_submodule(stack).children())
             known, said = self._known.get((stack, number), (0, None))
-            for layer in list(layers)[: min(known, count)]:  # the layers before the last one only pass it on
+            for layer in layers[: min(known, count)]:  # the layers before the last one only pass it on
                 patched.append((layer, layer.__dict__.get("forward")))
-                layer.forward = _saying(said)  # type: ignore[method-assign]
+                layer.forward = _saying(said)
             if count > known:
                 hooks.append(layers[count - 1].register_forward_hook(self._keep(stack, number, count)))
         try:
@@ -69,7 +69,7 @@ def replayable(model: nn.Module, stacks: Sequence[str], batch: Batch) -> bool:
     batch = {
         k: value[:2] if isinstance(value, Tensor) and value.ndim else value for k, value in batch.items()
     }
-    lists = {stack: list(model.get_submodule(stack)) for stack in stacks}
+    lists = {stack: list(model.get_submodule(stack).children()) for stack in stacks}
     if any(has_gate(layer) for layers in lists.values() for layer in layers):
         return False
     settled = {stack: len(layers) // 2 for stack, layers in lists.items() if len(layers) > 1}
