@@ -8,8 +8,10 @@ from layershare import make_plan, share, verify
 from layershare.errors import DataError, PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing import sequential
-from layershare.sharing.sequential import adapted
-from layershare.sharing.statistics import Paired, collect, collect_pairs, order_of_calls
+from layershare.sharing.moments import Moments, measure
+from layershare.sharing.pairs import Paired, collect_pairs, readers_of_sums
+from layershare.sharing.sequential import aim_of
+from layershare.sharing.statistics import collect, order_of_calls
 from layershare.stacks import find_stacks
 
 
@@ -17,8 +19,8 @@ def samples(seed: int, count: int = 200, size: int = 6) -> torch.Tensor:
     return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pair_of(x: torch.Tensor, y: torch.Tensor) -> Paired:
-    return Paired(y.T @ y / len(y), (x - y).T @ y / len(y))
+def pair_of(y: torch.Tensor, gap: torch.Tensor) -> Paired:
+    return Paired(y.T @ y / len(y), y.mean(0), gap.T @ y / len(y), gap.mean(0))
 
 
 def texts(batch_for, kind, count=6):
@@ -32,40 +34,86 @@ def texts(batch_for, kind, count=6):
     return batches
 
 
-def test_the_adapted_map_is_the_least_squares_solution():
-    x, y = samples(0), samples(0) + 0.3 * samples(1)
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    wanted = torch.linalg.lstsq(y, x @ weight.T).solution.T
-    torch.testing.assert_close(adapted(weight, pair_of(x, y), ridge=1e-12), wanted)
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_whole_way_is_the_least_squares_solution(biased):
+    x, y = samples(0) + 1, samples(0) + 0.3 * samples(1) - 1
+    weight, bias = samples(2, 4), samples(3, 1, 4)[0] if biased else None
+    target = x @ weight.T + samples(4, size=4)  # what the map should say, sum and all
+    now = y @ weight.T + (0 if bias is None else bias)
+    aim = aim_of(weight, bias, pair_of(y, target - now), ridge=1e-12, step=1.0)
+    seen = torch.cat([y, torch.ones(len(y), 1)], 1) if biased else y
+    wanted = torch.linalg.lstsq(seen, target).solution.T
+    torch.testing.assert_close(aim.weight, wanted[:, :6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(aim.output, target.mean(0))
+    if biased:
+        torch.testing.assert_close(aim.output - aim.weight @ aim.seen, wanted[:, 6], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(aim.gram, y.T.cov(correction=0), rtol=1e-4, atol=1e-5)
 
 
 def test_where_nothing_has_changed_the_map_stays():
     x, weight = samples(0), samples(1, 4)
-    torch.testing.assert_close(adapted(weight, pair_of(x, x)), weight)
+    torch.testing.assert_close(
+        aim_of(weight, None, pair_of(x, torch.zeros(200, 4, dtype=x.dtype))).weight, weight
+    )
 
 
 def test_ridge_pulls_towards_the_original_weights():
     x, y, weight = samples(0), samples(0) + 0.3 * samples(1), samples(2, 4)
-    steps = [float((adapted(weight, pair_of(x, y), r) - weight).norm()) for r in (1e-6, 1.0, 1e6)]
+    pair = pair_of(y, (x - y) @ weight.T)
+    steps = [float((aim_of(weight, None, pair, ridge=r).weight - weight).norm()) for r in (1e-6, 1.0, 1e6)]
     assert steps[0] > steps[1] > steps[2]
     assert steps[2] < 1e-5
 
 
 def test_pairs_are_counted_over_what_both_models_see(tiny, batch_for):
+    """Of a map that is added to the stream, the gap is that of the sum."""
     original, other = tiny("bert"), tiny("bert", seed=3)
-    module, mask = "encoder.layer.1.intermediate.dense", torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    module, mask = "encoder.layer.1.output.dense", torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    norm = "encoder.layer.1.output.LayerNorm"
     batch = batch_for("bert") | {"attention_mask": mask}
     seen = {}
     for name, model in (("x", original), ("y", other)):
-        hook = model.get_submodule(module).register_forward_pre_hook(
-            lambda _, args, name=name: seen.__setitem__(name, args[0][mask.bool()])
-        )
+        dense = model.get_submodule(module)
+        hooks = [
+            dense.register_forward_hook(
+                lambda _, args, out, name=name: seen.update(
+                    {name: args[0][mask.bool()], name + "out": out[mask.bool()]}
+                )
+            ),
+            model.get_submodule(norm).register_forward_pre_hook(
+                lambda _, args, name=name: seen.__setitem__(name + "sum", args[0][mask.bool()])
+            ),
+        ]
         output(model, batch)
-        hook.remove()
-    found = collect_pairs(original, other, {module: module}, [batch, batch])[module]
-    torch.testing.assert_close(found.gram, seen["y"].T @ seen["y"] / 10)
-    torch.testing.assert_close(found.shift, (seen["x"] - seen["y"]).T @ seen["y"] / 10)
-    torch.testing.assert_close(found.gram, collect(other, [module], [batch])[module])
+        for hook in hooks:
+            hook.remove()
+    for what, sums in (("out", None), ("sum", {module: (norm, norm)})):
+        found = collect_pairs(original, other, {module: module}, [batch, batch], sums)[module]
+        gap = seen["x" + what] - seen["y" + what]
+        torch.testing.assert_close(found.gram, seen["y"].T @ seen["y"] / 10)
+        torch.testing.assert_close(found.mean, seen["y"].mean(0))
+        torch.testing.assert_close(found.shift, gap.T @ seen["y"] / 10)
+        torch.testing.assert_close(found.lift, gap.mean(0))
+        torch.testing.assert_close(found.gram, collect(other, [module], [batch])[module])
+
+
+READERS = {
+    "bert": (
+        "encoder.layer",
+        {"attention.output.dense": "0.attention.output.LayerNorm", "output.dense": "0.output.LayerNorm"},
+    ),
+    "llama": ("model.layers", {"self_attn.o_proj": "0.post_attention_layernorm", "mlp.down_proj": "1"}),
+    "gpt2": ("transformer.h", {"attn.c_proj": "0.ln_2", "mlp.c_proj": "1"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_sums_are_found_by_trying(name, tiny, batch_for):
+    model, (stack, wanted) = tiny(name), READERS[name]
+    layer = find_stacks(model)[0].layers[0]
+    maps = [f"{stack}.0.{weight.name}".rpartition(".")[0] for weight in layer if weight.factorable]
+    found = readers_of_sums(model, maps, batch_for(name))
+    assert found == {f"{stack}.0.{leaf}": f"{stack}.{reader}" for leaf, reader in wanted.items()}
 
 
 def test_order_of_calls_puts_together_what_sees_one_tensor(tiny, batch_for):
@@ -144,10 +192,57 @@ def test_errors_pile_up_less(name, tiny, batch_for):
             parameter.mul_(8 if parameter.dim() > 1 else 1)
     plan, batches = PLANS[name](model), texts(batch_for, "llama", 12)
     errors = {}
-    for way in ("inputs", "sequential"):
+    for way in ("inputs", "answer", "sequential"):
         student = share(model, plan, calibration=batches, fit=way)
         errors[way] = sum(float((output(student, b) - output(model, b)).square().mean()) for b in batches)
-    assert errors["sequential"] < 0.97 * errors["inputs"]
+    assert errors["sequential"] < 0.97 * min(errors["inputs"], errors["answer"])
+
+
+def test_biases_bring_every_sum_to_the_mean_of_the_original(tiny, batch_for):
+    model, batches = tiny("bert"), texts(batch_for, "bert", 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05)  # so that means are far from 0
+    student = share(model, alone(model), calibration=batches, fit="sequential")
+    plain = share(model, alone(model), calibration=batches, fit="answer")
+    norms = [name for name, module in model.encoder.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    wanted, found, without = (
+        mean_inputs(one.encoder, norms, one, batches) for one in (model, student, plain)
+    )
+    assert len(norms) == 8
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    assert (without - wanted).abs().max() > 5e-3
+
+
+def mean_inputs(root, names, model, batches):
+    """The mean row that each module reads over all tokens."""
+    sums = dict.fromkeys(names, 0)
+    hooks = [
+        root.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: sums.update({name: sums[name] + args[0].flatten(0, 1).mean(0)})
+        )
+        for name in names
+    ]
+    for batch in batches:
+        output(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([sums[name] / len(batches) for name in names])
+
+
+def test_the_slopes_of_the_answer_say_where_errors_count(tiny, batch_for):
+    """Where the answer looks at one direction of a map's output alone, that one is kept."""
+    model, batches = tiny("bert"), texts(batch_for, "bert", 6)
+    module = "encoder.layer.3.output.dense"
+    seen = measure(model, batches)
+    sharp = torch.full((16,), 1e-6, dtype=torch.float64)
+    sharp[5] = 1.0
+    groups = (Group(positions=(3,), parts=("output.dense.weight",), method="basis", rank=1),)
+    plan = SharingPlan(stacks=(StackPlan(name="encoder.layer", length=4, groups=groups),))
+    known = Moments(seen.inputs, seen.slopes | {module: sharp.diag()})
+    student = share(model, plan, calibration=batches, fit="sequential", known=known)
+    kept = student.get_submodule(module).weight[5]
+    torch.testing.assert_close(kept, model.get_submodule(module).weight[5], atol=1e-3, rtol=1e-2)
 
 
 def test_without_private_factors_to_fit_again_the_shared_ones_stay(tiny, batch_for, monkeypatch):

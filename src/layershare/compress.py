@@ -175,11 +175,11 @@ class _Job:
             plan = SharingPlan.load(saved)
             self.say(f"\n{plan.picture()}\n")
         with timed("share", seconds):
-            if plan.tables:  # they count tokens, which moments do not tell
-                student = share(self.teacher, plan, calibration=batches, fit="answer")
+            if plan.uses_activations:
+                known = self.moments(batches)
+                student = share(self.teacher, plan, calibration=batches, fit="sequential", known=known)
             else:
-                known = self.moments(batches) if plan.uses_activations else None
-                student = share(self.teacher, plan, calibration=known)
+                student = share(self.teacher, plan)
         with timed("heal", seconds):
             self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} {self.kind.unit}s")
             history = distill(

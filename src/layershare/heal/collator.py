@@ -11,7 +11,8 @@ from layershare.tasks.encoding import INPUTS, pad
 
 
 class Collator:
-    """Rows -> a batch as ``collate`` makes it, with ``row`` [B], each token left out with chance ``augment``.
+    """Rows -> a batch as ``collate`` makes it, with ``row`` and ``position`` [B], each token left out
+    with chance ``augment``.
 
     What is left out follows from ``seed`` and the row's position in the run alone, so a resumed run leaves
     out the same. Special tokens stay, and so does at least one other token.
@@ -32,7 +33,8 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         kept = rows if not self._augment else [self._thinned(row) for row in rows]
-        return {**self._collate(self._tokenizer, kept), "row": torch.tensor([row["row"] for row in rows])}
+        numbers = {name: torch.tensor([row[name] for row in rows]) for name in ("row", "position")}
+        return {**self._collate(self._tokenizer, kept), **numbers}
 
     def _thinned(self, row: Mapping[str, Any]) -> dict[str, Any]:
         # Seeded by a text: torch's generator on the CPU looks at 32 bits of a seed only.

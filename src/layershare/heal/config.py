@@ -68,6 +68,13 @@ class DistillConfig(TrainConfig):
         0.0, ge=0, lt=1, description="Chance of leaving out each token; the teacher then sees the same gaps."
     )
     dropout: bool = Field(False, description="Whether the student trains with its dropout.")
+    local: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps, at the start, in which each layer reads the teacher's hidden states, so that "
+        "it learns by itself.",
+    )
     train_embeddings: bool = Field(False, description="Whether embedding tables are trained too.")
     cache_mb: int = Field(
         4096,

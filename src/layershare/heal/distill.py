@@ -1,7 +1,7 @@
 """Distillation: train the shared model (student) to do what the original (teacher) does. Needs no labels."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from layershare.heal.config import DistillConfig, LossWeights
 from layershare.heal.disk import megabytes
 from layershare.heal.fit import active_weights, check_pair, relation_heads
 from layershare.heal.layers import LayerMap, kept_layers, layer_pairs, matching_layers, projections
+from layershare.heal.local import by_itself, check_local, layers_of
 from layershare.heal.questions import questions
 from layershare.heal.relations import attention_maps, capture
 from layershare.heal.teacher import Ask, Target, Wanted, live
@@ -88,6 +89,8 @@ def distill(
     check_pair(student, teacher, tokenizer, weights)
     given = layer_map if config.layer_map is None else config.layer_map
     pairs = layer_pairs(student, teacher, given) if "hidden" in weights else []
+    if config.local:
+        check_local(student, teacher, pairs)
     heads = relation_heads(student, teacher, config) if "relation" in weights else 0
     wanted = _wanted(config, weights, pairs, teacher)
     collator = Collator(tokenizer, config.augment, config.seed, task.collate)
@@ -95,6 +98,7 @@ def distill(
     order = length_grouped_order(long, config.batch_size, config.steps, config.seed)
     ask = _asker(teacher, tokenizer, task, dataset, wanted, order, config, cache, quiet)
     last = student.config.num_hidden_layers - 1 if heads else None
+    layers, local = layers_of(student), round(config.local * config.steps) * config.batch_size
     made_of = {"teacher": model_hash(teacher)}
     with (
         _frozen_embeddings(student, not config.train_embeddings),
@@ -106,7 +110,9 @@ def distill(
             model.train(config.dropout)
             inputs = {name: batch[name] for name in task.inputs if name in batch}
             target = ask(inputs, batch["row"])
-            outputs = task.forward(model, inputs, hidden_states=bool(pairs))
+            alone = int(batch["position"][0]) < local
+            with by_itself(layers, pairs, target.hidden) if alone else nullcontext():
+                outputs = task.forward(model, inputs, hidden_states=bool(pairs))
             terms = loss_terms(
                 outputs,
                 target,

@@ -26,6 +26,7 @@ Fit = Literal["inputs", "answer", "sequential"]
 def share(
     model: PreTrainedModel, plan: SharingPlan, *,
     calibration: Iterable[Mapping[str, Any]] | Moments | None = None, fit: Fit = "inputs",
+    known: Moments | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """A new model that shares parameters as ``plan`` says; ``model`` is untouched.
 
@@ -34,8 +35,10 @@ def share(
     ``fit="answer"``: factors are fitted to the model's answer instead of to each map's own output, which costs a
     backward pass over the batches and loses much less (:mod:`~layershare.sharing.sensitivity`). ``calibration`` may
     also be the :class:`~layershare.sharing.moments.Moments` measured before; these say by themselves what to fit.
-    ``fit="sequential"``: each map is fitted on the activations of the model compressed so far, with the original's
-    outputs as targets (:mod:`~layershare.sharing.sequential`); slower, since both models run once for each step.
+    ``fit="sequential"``: as ``answer``, but each map in its turn, on the activations of the model compressed so far
+    and with the original's outputs as targets (:mod:`~layershare.sharing.sequential`). It loses least and is slower,
+    since both models run once for each step.
+    ``known``: moments of this model measured before, beside batches.
     Raises :class:`~layershare.errors.PlanError` if the plan does not fit, or needs a calibration that is not given.
     """
     if fit != "inputs" and (calibration is None or isinstance(calibration, Moments)):
@@ -43,12 +46,15 @@ def share(
             f"fit = {fit!r} needs activations.", "Give calibration batches; Moments say it themselves."
         )
     student, layout = begin(model, plan, calibrated=calibration is not None)
-    known = calibration if isinstance(calibration, Moments) else None
-    batches = [] if calibration is None or known else list(calibration)
+    known = calibration if isinstance(calibration, Moments) else known
+    batches = [] if calibration is None or isinstance(calibration, Moments) else list(calibration)
     counts = {job.modules[0]: count_tokens(model, job, batches) for job in layout.tables if batches}
     wanted = [module for job in layout.jobs if job.uses_activations for module in job.modules]
     if fit == "sequential" and wanted:
-        values = solve_in_order(student, model, layout, in_original(model, plan), batches, counts)
+        known = known or measure(model, batches, modules=[in_original(model, plan)(name) for name in wanted])
+        values = solve_in_order(
+            student, model, layout, in_original(model, plan), batches, counts, known.slopes
+        )
         finish(student, layout, plan, whitened=True, fit=fit, texts=_texts(batches))
         fill(student, values)
         return student
@@ -127,7 +133,7 @@ def in_original(model: PreTrainedModel, plan: SharingPlan) -> Callable[[str], st
         if stack is None:
             return name
         layer, _, rest = name[len(stack) + 1 :].partition(".")
-        return f"{stack}.{kept[stack][int(layer)]}.{rest}"
+        return f"{stack}.{kept[stack][int(layer)]}{'.' * bool(rest)}{rest}"
 
     return original
 

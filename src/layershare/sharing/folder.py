@@ -22,7 +22,10 @@ from layershare.store.open import (
 from layershare.store.shards import SHARD_SIZE
 from layershare.store.stream import share_stream
 from layershare.tasks import Task, get_task
-from layershare.tasks.calibration import sample_batches
+from layershare.tasks.calibration import TEXTS, sample_batches
+
+# Least squares on fewer texts overfit, and no healing follows here that would mend it.
+ALONE = 1024
 
 
 def share_folder(
@@ -60,7 +63,9 @@ def share_folder(
         if calibration and task is not None:
             kind = get_task(task)
             found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
-            batches = sample_batches(kind, load_processor(model, kind.processor), found, original.config)
+            texts = ALONE if fit == "sequential" else TEXTS
+            processor = load_processor(model, kind.processor)
+            batches = sample_batches(kind, processor, found, original.config, texts=texts)
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:

@@ -133,9 +133,13 @@ def fit_up(weight: Tensor, down: Tensor, gram: Tensor) -> Tensor:
     return torch.linalg.solve(inner, weight_ @ seen.T, left=False).to(weight.dtype)
 
 
-def fit_down(weight: Tensor, up: Tensor) -> Tensor:
-    """The ``down`` (rank, in) that minimises E|(W - up @ down) x|^2 for a given ``up`` (out, rank), whatever x is."""
-    return torch.linalg.lstsq(up.double(), weight.double(), driver="gelsd").solution.to(weight.dtype)
+def fit_down(weight: Tensor, up: Tensor, slope: Tensor | None = None) -> Tensor:
+    """The ``down`` (rank, in) that minimises E|(W - up @ down) x|^2 for a given ``up`` (out, rank), whatever x is.
+
+    ``slope``: of the answer at the output, as in ``shared_input``."""
+    (view,) = _views(None if slope is None else [slope], 1)
+    seen = (_forth(view, one.double()) for one in (up, weight))
+    return torch.linalg.lstsq(*seen, driver="gelsd").solution.to(weight.dtype)
 
 
 def effective_rank(weights: Sequence[Tensor], grams: Sequence[Tensor] | None = None) -> float:

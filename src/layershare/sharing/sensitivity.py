@@ -56,6 +56,8 @@ def sensitivities(
                 given, logits = (answer or _default)(model, batch)
                 for probe in range(probes):
                     _scalar(given, logits, draw).backward(retain_graph=probe + 1 < probes)
+    if not texts:
+        raise DataError("the calibration data has no batch.", "Give some texts.")
     if unseen := [name for name in modules if name not in sums]:
         raise DataError(
             f"{unseen[0]} has no part in the model's answer to the calibration data.",

@@ -90,17 +90,19 @@ def _correction(
     return {f"{module}.up": up, f"{module}.down": down}
 
 
-def refit(job: Job, index: int, values: Mapping[str, Tensor], aim: Tensor, gram: Tensor) -> dict[str, Tensor]:
+def refit(
+    job: Job, index: int, values: Mapping[str, Tensor], aim: Tensor, gram: Tensor, slope: Tensor | None = None
+) -> dict[str, Tensor]:
     """The private factors of one position, to approximate ``aim`` (out, in) on inputs with the second moment ``gram``.
 
     What is shared stays as it is in ``values``.
     """
     module, shared = job.modules[index], {names[0].rpartition(".")[2]: values[names[0]] for names in job.ties}
     if "base" in shared:
-        return _correction(job, module, aim - shared["base"], gram)
+        return _correction(job, module, aim - shared["base"], gram, slope)
     if "down" in shared:
         return {f"{module}.up": lowrank.fit_up(aim, shared["down"], gram)}
-    return {f"{module}.down": lowrank.fit_down(aim, shared["up"])}
+    return {f"{module}.down": lowrank.fit_down(aim, shared["up"], slope)}
 
 
 def dense_values(job: Job, values: Mapping[str, Tensor]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Second moments of activations: what a linear map sees, measured on a few hundred calibration texts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,6 @@ from layershare.errors import DataError
 
 Grams = dict[str, Tensor]
 Batch = Mapping[str, Any]
-
-
-class Paired(NamedTuple):
-    """Moments of the inputs x in one model and y in another one, each (in, in) in float32, over all unmasked tokens."""
-
-    gram: Tensor
-    """E[y y^T]."""
-    shift: Tensor
-    """E[(x - y) y^T]; 0 where the two models give a map different tokens."""
 
 
 @torch.no_grad()
@@ -39,39 +30,12 @@ def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) 
         sums[name] = sums[name] + rows.T @ rows if name in sums else rows.T @ rows
         seen[name] = seen.get(name, 0) + len(rows)
 
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             runs += 1
             _run(model, modules, batch, see)
-    _refuse_unseen(modules, seen, runs)
+    refuse_unseen(modules, seen, runs)
     return {name: total / seen[name] for name, total in sums.items()}
-
-
-@torch.no_grad()
-def collect_pairs(
-    original: nn.Module, student: nn.Module, modules: Mapping[str, str], batches: Iterable[Batch]
-) -> dict[str, Paired]:
-    """What ``modules`` see in two models that get the same batches. Keys: names in the student (y), values: those in
-    the original (x). Neither model runs further than it must. Raises DataError if a module sees no token.
-    """
-    sums: dict[str, Paired] = {}
-    seen: dict[str, int] = {}
-    runs = 0
-    with _evaluating(original), _evaluating(student):
-        for batch in batches if modules else ():
-            runs += 1
-            before: dict[str, Tensor] = {}
-            after: dict[str, Tensor] = {}
-            _run(original, list(modules.values()), batch, before.__setitem__, stop=True)
-            _run(student, list(modules), batch, after.__setitem__, stop=True)
-            for name in after.keys() & {key for key, value in modules.items() if value in before}:
-                x, y = before[modules[name]].float(), after[name].float()
-                # Experts see other tokens in the other model: no pairs, so nothing to make up for.
-                one = Paired(y.T @ y, (x - y if x.shape == y.shape else torch.zeros_like(y)).T @ y)
-                sums[name] = Paired(*map(torch.add, sums[name], one)) if name in sums else one
-                seen[name] = seen.get(name, 0) + len(y)
-    _refuse_unseen(list(modules), seen, runs)
-    return {name: Paired(total.gram / seen[name], total.shift / seen[name]) for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -91,50 +55,42 @@ def order_of_calls(model: nn.Module, modules: Sequence[str], batches: Sequence[B
             done.add(name)
             steps.setdefault(id(rows), []).append(name)
 
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             runs += 1
             _run(model, list(modules), batch, see, raw=True)
             if done >= set(modules):
                 break
-    _refuse_unseen(modules, dict.fromkeys(done, 1), runs)
+    refuse_unseen(modules, dict.fromkeys(done, 1), runs)
     return list(steps.values())
 
 
-class _Enough(Exception):  # noqa: N818 - no error: ends a forward pass of which the rest is not needed
-    pass
-
-
 def _run(
-    model: nn.Module, modules: Sequence[str], batch: Batch, see: Callable[[str, Tensor], None], *,
-    stop: bool = False, raw: bool = False,
+    model: nn.Module, modules: Sequence[str], batch: Batch, see: Callable[[str, Tensor], None], *, raw: bool = False
 ) -> None:  # fmt: skip
-    """Run ``model`` and let ``see`` see the name and the unmasked input rows (``raw``: the input) of each module.
-
-    With ``stop`` the run ends when all modules have been called.
-    """
-    device = next(model.parameters()).device
-    batch = {k: value.to(device) if isinstance(value, Tensor) else value for k, value in batch.items()}
-    left = set(modules)
+    """Run ``model`` and let ``see`` see the name and the unmasked input rows (``raw``: the input) of each module."""
+    batch = to_device(model, batch)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple) -> None:
             see(name, args[0] if raw else rows_of(args[0], batch.get("attention_mask")))
-            left.discard(name)
-            if stop and not left:
-                raise _Enough
 
         return hook
 
     with ExitStack() as hooks:
         for name in modules:
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
-        hooks.enter_context(suppress(_Enough))
         model(**batch)
 
 
+def to_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {k: value.to(device) if isinstance(value, Tensor) else value for k, value in batch.items()}
+
+
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -143,7 +99,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _refuse_unseen(modules: Sequence[str], seen: Mapping[str, int], runs: int) -> None:
+def refuse_unseen(modules: Sequence[str], seen: Mapping[str, int], runs: int) -> None:
     if unseen := [name for name in modules if not seen.get(name)]:
         where = f"never reaches {unseen[0]}" if runs else "has no batch"
         raise DataError(
