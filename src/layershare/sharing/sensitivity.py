@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layershare.errors import DataError
+from layershare.sharing.pieces import pieces
 from layershare.sharing.statistics import Batch, Grams, rows_of
 
 Answer = Callable[[nn.Module, Batch], tuple[Tensor, bool]]
@@ -47,7 +48,7 @@ def sensitivities(
 
     with _only_activations(model), torch.enable_grad():
         device = next(model.parameters()).device
-        for batch in batches:
+        for batch in (piece for whole in batches for piece in pieces(model, whole)):
             batch = {
                 k: value.to(device) if isinstance(value, Tensor) else value for k, value in batch.items()
             }
