@@ -203,20 +203,19 @@ def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Call
     from torch import Tensor, no_grad
     from torch.nn.functional import cosine_similarity, kl_div
 
-    steps: dict[tuple[int, int], int] = {}
+    cut = [piece for batch in batches for piece in pieces(model, batch)]
+    steps: dict[int, int] = {}
 
     @no_grad()
     def answers(one: Any) -> Iterator[tuple[Tensor, bool]]:
         one.eval()
-        for i, batch in enumerate(batches):
-            for j, piece in enumerate(pieces(one, batch)):
-                answer, logits = _answer(kind.forward(one, piece))
-                if logits:
-                    answer = answer.flatten(0, -2)
-                    step = steps.setdefault((i, j), max(1, len(batches) * answer.numel() // KEPT))
-                    yield answer[::step].float().log_softmax(-1), True
-                else:
-                    yield answer, False
+        for i, piece in enumerate(cut):
+            answer, logits = _answer(kind.forward(one, piece))
+            if logits:
+                answer = answer.flatten(0, -2)
+                step = steps.setdefault(i, max(1, len(cut) * answer.numel() // KEPT))
+                answer = answer[::step].float().log_softmax(-1)
+            yield answer, logits
 
     before = list(answers(model))
 
