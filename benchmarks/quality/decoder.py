@@ -37,7 +37,7 @@ JUDGED = {"debian": 32, "bible": 24}
 class Decoder(Subject):
     title = "Gemma 3 270M"
     told = (
-        "Gemma 3 270M (18 x 640, 100,338,688 layer parameters; the vocabulary has another 167,772,160). Perplexity",
+        "Gemma 3 270M (18 x 640, 100,325,376 layer parameters; the vocabulary has another 167,772,160). Perplexity",
         "on Debian descriptions (original {debian:.2f}) and on the World English Bible (original {bible:.2f}), and how",
         "often the likeliest next token is the original's.",
     )
@@ -136,7 +136,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def bible() -> str:
-    """The New Testament's first half or so: text in the middle of the Bible, as one string."""
+    """The second half of the Bible, in one string."""
     tree = ast.parse(packaged(BIBLE, "plain_text_readers_bible.py").read_text(encoding="utf-8"))
     text = max(
         (
@@ -146,7 +146,7 @@ def bible() -> str:
         ),
         key=len,
     )
-    return text[len(text) // 2 :].replace("`", "'")
+    return " ".join(text[len(text) // 2 :].replace("`", "'").split())
 
 
 def packaged(package: str, ending: str) -> Path:
