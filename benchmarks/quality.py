@@ -138,7 +138,7 @@ def judged(
     return {
         "healed": healing(options),
         **subject.judge(made.model),
-        "stored": made.stored or layershare.count(made.model).layer_unique,
+        "stored": made.stored or layershare.count(made.model, [s.name for s in subject.stacks]).layer_unique,
         "bytes": 0 if made.stored else bytes_of(made.model) + made.base_bytes,
         "wall": round(wall),
         "cpu": round(cpu),
