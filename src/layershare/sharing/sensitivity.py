@@ -8,7 +8,7 @@ Chekalina et al., 2025, 2505.17974). Unlike errors of weights or of activations,
 maps of a model, so ranks can be compared across them; see :mod:`layershare.sharing.allocate`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,8 +55,8 @@ def sensitivities(
             texts += probes * next(len(value) for value in batch.values() if isinstance(value, Tensor))
             with _watching(model, modules, batch.get("attention_mask"), see):
                 given, logits = (answer or _default)(model, batch)
-                for probe in range(probes):
-                    _scalar(given, logits, draw).backward(retain_graph=probe + 1 < probes)
+                for probe, slope in enumerate(_slopes(given, logits, draw, probes)):
+                    given.backward(slope, retain_graph=probe + 1 < probes)
     if unseen := [name for name in modules if name not in sums]:
         raise DataError(
             f"{unseen[0]} has no part in the model's answer to the calibration data.",
@@ -73,14 +73,24 @@ def _default(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     return rows_of(outputs[0], batch.get("attention_mask")), False
 
 
-def _scalar(answer: Tensor, logits: bool, draw: torch.Generator) -> Tensor:
-    """A number whose gradient, squared, is in expectation the second-order change of the answer."""
+@torch.no_grad()
+def _slopes(answer: Tensor, logits: bool, draw: torch.Generator, probes: int) -> Iterator[Tensor]:
+    """Gradients at the answer, whose squares downstream are in expectation the second-order change of the answer.
+
+    Of logits it is that of the log-probability of a drawn label, written down: over a vocabulary, autograd and
+    ``multinomial`` cost more than the model.
+    """
     if not logits:
-        weights = torch.randn(answer.shape, generator=draw).to(answer.device, answer.dtype)
-        return (answer * weights).sum()
-    flat = answer.flatten(0, -2).float().log_softmax(-1)
-    labels = torch.multinomial(flat.detach().exp().cpu(), 1, generator=draw).to(flat.device)
-    return flat.gather(1, labels).sum()
+        for _ in range(probes):
+            yield torch.randn(answer.shape, generator=draw).to(answer.device, answer.dtype)
+        return
+    chances = answer.float().softmax(-1)
+    below = chances.cumsum(-1)
+    for _ in range(probes):
+        drawn = torch.rand(*answer.shape[:-1], 1, generator=draw).to(answer.device) * below[..., -1:]
+        label = torch.searchsorted(below, drawn).clamp_max(answer.shape[-1] - 1)
+        slope = chances.neg()
+        yield slope.scatter_add_(-1, label, torch.ones_like(drawn)).to(answer.dtype)
 
 
 @contextmanager
