@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from layershare.plan import SharingPlan
 from layershare.result import Result, write_atomic
 from layershare.sharing import make_plan, predict, share
 from layershare.sharing.moments import Moments, measure
+from layershare.sharing.pieces import pieces
 from layershare.sharing.search import SEARCHED
 from layershare.sharing.sensitivity import Answer
 from layershare.stacks import find_stacks
@@ -41,6 +42,8 @@ from layershare.tasks import Data, Outputs, Task, get_task
 from layershare.tasks.calibration import sample_batches
 
 BASELINES = ("drop",)
+KEPT = 1 << 26
+"""At most about so many logits of the original are kept to compare with (256 MB)."""
 
 
 def compress(
@@ -192,20 +195,40 @@ class _Job:
 
 
 def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Callable[[Any], float]:
-    """A function that says how far another model's answers are from those that ``model`` gives now."""
+    """A function that says how far another model's answers are from those that ``model`` gives now.
+
+    Of embeddings it is the sum of 1 - cosine, of logits that of the KL divergences. Logits over a vocabulary are kept
+    for evenly spread tokens only, ``KEPT`` numbers in all.
+    """
     from torch import Tensor, no_grad
-    from torch.nn.functional import cosine_similarity
+    from torch.nn.functional import cosine_similarity, kl_div
+
+    cut = [piece for batch in batches for piece in pieces(model, batch)]
+    steps: dict[int, int] = {}
 
     @no_grad()
-    def answers(one: Any) -> list[Tensor]:
+    def answers(one: Any) -> Iterator[tuple[Tensor, bool]]:
         one.eval()
-        return [_answer(kind.forward(one, batch))[0] for batch in batches]
+        for i, piece in enumerate(cut):
+            answer, logits = _answer(kind.forward(one, piece))
+            if logits:
+                answer = answer.flatten(0, -2)
+                step = steps.setdefault(i, max(1, len(cut) * answer.numel() // KEPT))
+                answer = answer[::step].float().log_softmax(-1)
+            yield answer, logits
 
-    before = answers(model)
+    before = list(answers(model))
 
     def change(other: Any) -> float:
-        pairs = zip(answers(other), before, strict=True)
-        return sum(float((1 - cosine_similarity(now, then, dim=-1)).sum()) for now, then in pairs)
+        total = 0.0
+        for (now, logits), (then, _) in zip(answers(other), before, strict=True):
+            moved = (
+                kl_div(now, then, log_target=True, reduction="sum")
+                if logits
+                else (1 - cosine_similarity(now, then, dim=-1)).sum()
+            )
+            total += float(moved)
+        return total
 
     return change
 

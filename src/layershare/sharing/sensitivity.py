@@ -8,7 +8,7 @@ Chekalina et al., 2025, 2505.17974). Unlike errors of weights or of activations,
 maps of a model, so ranks can be compared across them; see :mod:`layershare.sharing.allocate`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layershare.errors import DataError
+from layershare.sharing.pieces import pieces
 from layershare.sharing.statistics import Batch, Grams, rows_of
 
 Answer = Callable[[nn.Module, Batch], tuple[Tensor, bool]]
@@ -47,15 +48,15 @@ def sensitivities(
 
     with _only_activations(model), torch.enable_grad():
         device = next(model.parameters()).device
-        for batch in batches:
+        for batch in (piece for whole in batches for piece in pieces(model, whole)):
             batch = {
                 k: value.to(device) if isinstance(value, Tensor) else value for k, value in batch.items()
             }
             texts += probes * next(len(value) for value in batch.values() if isinstance(value, Tensor))
             with _watching(model, modules, batch.get("attention_mask"), see):
                 given, logits = (answer or _default)(model, batch)
-                for probe in range(probes):
-                    _scalar(given, logits, draw).backward(retain_graph=probe + 1 < probes)
+                for probe, slope in enumerate(_slopes(given, logits, draw, probes)):
+                    given.backward(slope, retain_graph=probe + 1 < probes)
     if not texts:
         raise DataError("the calibration data has no batch.", "Give some texts.")
     if unseen := [name for name in modules if name not in sums]:
@@ -74,14 +75,24 @@ def _default(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     return rows_of(outputs[0], batch.get("attention_mask")), False
 
 
-def _scalar(answer: Tensor, logits: bool, draw: torch.Generator) -> Tensor:
-    """A number whose gradient, squared, is in expectation the second-order change of the answer."""
+@torch.no_grad()
+def _slopes(answer: Tensor, logits: bool, draw: torch.Generator, probes: int) -> Iterator[Tensor]:
+    """Gradients at the answer, whose squares downstream are in expectation the second-order change of the answer.
+
+    Of logits it is that of the log-probability of a drawn label, written down: over a vocabulary, autograd and
+    ``multinomial`` cost more than the model.
+    """
     if not logits:
-        weights = torch.randn(answer.shape, generator=draw).to(answer.device, answer.dtype)
-        return (answer * weights).sum()
-    flat = answer.flatten(0, -2).float().log_softmax(-1)
-    labels = torch.multinomial(flat.detach().exp().cpu(), 1, generator=draw).to(flat.device)
-    return flat.gather(1, labels).sum()
+        for _ in range(probes):
+            yield torch.randn(answer.shape, generator=draw).to(answer.device, answer.dtype)
+        return
+    chances = answer.float().softmax(-1)
+    below = chances.cumsum(-1)
+    for _ in range(probes):
+        drawn = torch.rand(*answer.shape[:-1], 1, generator=draw).to(answer.device) * below[..., -1:]
+        label = torch.searchsorted(below, drawn).clamp_max(answer.shape[-1] - 1)
+        slope = chances.neg()
+        yield slope.scatter_add_(-1, label, torch.ones_like(drawn)).to(answer.dtype)
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""What every side is given: the original, calibration texts, what was measured on them, and the judge."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import layershare
+from layershare.compress import answer_of, output_change
+from layershare.sharing.moments import Moments, linear_maps
+from layershare.sharing.sensitivity import sensitivities
+from layershare.sharing.statistics import collect
+
+Batches = list[dict[str, Any]]
+
+
+class Subject:
+    """One model and how it is judged. Moments are measured once for each seed and kept in ``folder``."""
+
+    title: str
+    """Of its tables."""
+    told: Sequence[str]
+    """Lines under the title; ``{...}`` are figures of the original."""
+    figures: dict[str, str]
+    """Key of a row -> head of a column."""
+    basis_shares: tuple[str, ...]
+    """The parts that Basis Sharing shares between two layers, in the published configuration nearest to this model."""
+    adapted: str
+    """The linear maps that get LoRA factors, as a regular expression."""
+    length: int
+    """Tokens of a text."""
+    some: int
+    """Batches on which the search watches the answer."""
+
+    def __init__(self, teacher: Any, task: Any, tokenizer: Any, folder: Path) -> None:
+        self.teacher, self.task, self.tokenizer, self.folder = teacher, task, tokenizer, folder
+        self.stacks = layershare.find_stacks(teacher)
+        self.whole = layershare.count(teacher).layer_unique
+        self.seconds: dict[str, float] = {}
+
+    def use(self, seed: int) -> None:
+        """Take the calibration texts of this seed."""
+        self.calibration = self.sample(seed)
+        for name in ("inputs", "slopes"):
+            self.__dict__.pop(name, None)
+
+    def sample(self, seed: int) -> Batches:
+        raise NotImplementedError
+
+    def judge(self, model: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+    def better(self, key: str) -> bool:
+        """Whether more of this figure is better."""
+        return True
+
+    @cached_property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """E[x x^T] of every linear map: all that the peers know of the texts."""
+        return self._kept(
+            "inputs", lambda: collect(self.teacher, linear_maps(self.teacher), self.calibration)
+        )
+
+    @cached_property
+    def slopes(self) -> dict[str, torch.Tensor]:
+        """Moments of the answer's gradients."""
+        return self._kept("slopes", self.measure_slopes)
+
+    def measure_slopes(self) -> dict[str, torch.Tensor]:
+        return sensitivities(
+            self.teacher, linear_maps(self.teacher), self.calibration, answer=answer_of(self.task)
+        )
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.inputs, self.slopes)
+
+    def change(self) -> Callable[[Any], float]:
+        return output_change(self.task, self.teacher, self.calibration[: self.some])
+
+    def _kept(self, what: str, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        key = hashlib.sha256()
+        for batch in self.calibration:
+            key.update(batch["input_ids"].numpy().tobytes())
+        file = self.folder / "moments" / f"{type(self).__name__.lower()}-{what}-{key.hexdigest()[:12]}.pt"
+        if file.exists():
+            return torch.load(file, weights_only=True)
+        started = time.process_time()
+        found = measure()
+        print(f"# {what} of {type(self).__name__}: {time.process_time() - started:.0f} s", flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        torch.save(found, part)
+        part.rename(file)
+        return found

@@ -1,0 +1,79 @@
+"""From rows to a section of the page: one table, and who is ahead at each budget."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from quality.peers import SIDES
+from quality.subject import Subject
+
+Row = dict[str, Any]
+OURS = next(iter(SIDES))
+
+
+def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[str], command: str) -> str:
+    whole = next(row for row in rows if row["side"] == "original")
+    heads = [*subject.figures.values(), "MB on disk", "processor s"]
+    lines = [
+        f"## Quality: {title}",
+        "",
+        *(line.format(**whole) for line in subject.told),
+        *told,
+        "",
+        f"| budget | | stored | {' | '.join(heads)} |",
+        f"|---:|---|---:|{'---:|' * len(heads)}",
+    ]
+    budgets = sorted({row["budget"] for row in rows} - {1.0}, reverse=True)
+    for budget in budgets:
+        sides = sorted({row["side"] for row in rows if row["budget"] == budget}, key=order)
+        lines += [line(subject, budget, side, of(rows, side, budget), whole) for side in sides]
+    verdicts = [verdict(subject, rows, budget, whole) for budget in budgets]
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return "\n".join([*lines, "", *verdicts, "", f"Commits: {commits}.", "", f"    {command}", ""])
+
+
+def order(side: str) -> int:
+    return list(SIDES).index(side) if side in SIDES else len(SIDES)
+
+
+def of(rows: Iterable[Row], side: str, budget: float) -> list[Row]:
+    return [row for row in rows if (row["side"], row["budget"]) == (side, budget)]
+
+
+def line(subject: Subject, budget: float, side: str, rows: Sequence[Row], whole: Row) -> str:
+    figures = [shown(subject, key, rows, whole) for key in subject.figures]
+    stored = rows[0]["stored"] / whole["stored"]
+    seconds = statistics.median(row["cpu"] for row in rows)
+    cells = [*figures, f"{rows[0]['bytes'] / 1e6:.1f}" if rows[0]["bytes"] else "", f"{seconds:.0f}"]
+    return f"| {budget:.0%} | {side} | {stored:.1%} | {' | '.join(cells)} |"
+
+
+def shown(subject: Subject, key: str, rows: Sequence[Row], whole: Row) -> str:
+    """The mean, and from lowest to highest where there are several seeds."""
+    values = [value(subject, key, row, whole) for row in rows]
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if statistics.mean(values) < 1000 else f"{values[0]:.3g}"
+
+
+def value(subject: Subject, key: str, row: Row, whole: Row) -> float:
+    """Per cent of the original's figure where more is better; else the figure itself."""
+    return 100 * row[key] / whole[key] if subject.better(key) else row[key]
+
+
+def verdict(subject: Subject, rows: Sequence[Row], budget: float, whole: Row) -> str:
+    """Plainly who is ahead in each figure, among those that keep the budget."""
+    said = []
+    for key, head in subject.figures.items():
+        means = {
+            side: statistics.mean(value(subject, key, row, whole) for row in of(rows, side, budget))
+            for side in {row["side"] for row in rows if row["budget"] == budget}
+            if of(rows, side, budget)[0]["stored"] <= 1.011 * budget * whole["stored"]
+        }
+        mine = means.pop(OURS, None)
+        if mine is None or not means:
+            continue
+        best = (max if subject.better(key) else min)(means, key=means.__getitem__)
+        wins = mine > means[best] if subject.better(key) else mine < means[best]
+        what = "ahead of every peer" if wins else f"**behind {best}**"
+        said.append(f"{head} {what} ({mine:.1f}; best peer {means[best]:.1f}, {best})")
+    return f"- {budget:.0%}: {OURS}: {'; '.join(said)}." if said else f"- {budget:.0%}: not compared yet."
