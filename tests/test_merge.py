@@ -41,6 +41,24 @@ def test_mean_of_equal_half_precision_weights_is_exact():
     assert torch.equal(merge.mean([weight] * 3), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_of_many_blocks_is_the_same_on_any_number_of_threads(dtype):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5 * merge.BLOCK + 7).to(dtype)) for _ in range(3)]
+    expected = torch.stack([weight.detach().double() for weight in weights]).mean(0)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 50):
+            torch.set_num_threads(count)
+            found = merge.mean(weights)
+            assert not found.requires_grad
+            torch.testing.assert_close(
+                found, expected.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_regmean_is_the_least_squares_solution(weights):
     torch.manual_seed(1)
     inputs = [torch.randn(30, 4, dtype=torch.float64) * scale for scale in (1, 5, 0.2)]

@@ -317,12 +317,16 @@ def test_a_folder_without_weights_is_named(folder):
 
 
 CONFIGS = {
-    "another depth": (PlanError, "has 6 layers, the plan is for 3", lambda c, _: c.update(num_hidden_layers=6)),
-    "no plan": (StoreError, "no plan", lambda _, q: q.pop("plan")),
-    "an empty plan": (StoreError, "no plan", lambda _, q: q.update(plan={})),
-    "newer": (PlanError, "format version 9", lambda _, q: q["plan"].update(version=9)),
+    "another depth": (
+        PlanError, r"config\.json: .* has 6 layers, the plan is for 3", lambda c, _: c.update(num_hidden_layers=6),
+    ),
+    "no plan": (StoreError, r"config\.json: .*no plan", lambda _, q: q.pop("plan")),
+    "an empty plan": (StoreError, r"config\.json: .*no plan", lambda _, q: q.update(plan={})),
+    "newer": (PlanError, r"config\.json: .*format version 9.*upgrade", lambda _, q: q["plan"].update(version=9)),
     "misspelt": (PlanError, r"config.json.*'stakcs'.*'stacks'", lambda _, q: q["plan"].update(stakcs=[])),
-    "another stack": (PlanError, "no stack 'layers'", lambda _, q: q["plan"]["stacks"][0].update(name="layers")),
+    "another stack": (
+        PlanError, r"config\.json: .*no stack 'layers'", lambda _, q: q["plan"]["stacks"][0].update(name="layers"),
+    ),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import layershare
 from laws import PRESETS, plan_for, same
@@ -22,6 +22,7 @@ from layershare import SharingPlan, cli, find_stacks, share, verify
 from layershare.errors import LayershareError, ModelError, OptionError, PlanError, StoreError
 from layershare.sharing.folder import share_folder
 from layershare.store import shards
+from layershare.store.disk import PAGE, ROOM
 from layershare.store.open import load_model, outline
 from layershare.store.shards import Shards
 from layershare.store.stream import share_stream
@@ -267,16 +268,102 @@ def test_a_tensor_that_never_comes_is_an_error(tmp_path):
         out.put("a", torch.ones(2))
 
 
-def test_an_error_while_writing_is_raised(tmp_path):
-    out = Shards(tmp_path, {"a": torch.empty(2, device="meta")}, 2)
-    out.places["a"][0].close()
-    out.put("a", torch.ones(2))
-    with pytest.raises(ValueError, match="closed"):
-        out.__exit__(None, None, None)
+def test_large_pieces_at_any_place_in_the_file(tmp_path, monkeypatch):
+    """Whole pages go past the page cache and the ends through it: no byte is lost between them, whatever the order."""
+    torch.manual_seed(0)
+    sizes = (2 * ROOM + 12_345, 4096, 1, ROOM, 5000, 0, 8191)
+    tensors = {f"t{i}": torch.randint(0, 255, (size,), dtype=torch.uint8) for i, size in enumerate(sizes)}
+    writes: list[tuple[int, int]] = []
+    write = os.pwrite
+    with Shards(tmp_path, {name: tensor.to("meta") for name, tensor in tensors.items()}, 1) as out:
+        monkeypatch.setattr(
+            "layershare.store.disk.os.pwrite",
+            lambda number, data, start: (writes.append((number, len(data))), write(number, data, start))[1],
+        )
+        direct = out.places["t0"][0].direct
+        for name in ("t3", "t0", "t6", "t1", "t2", "t5", "t4"):
+            out.put(name, tensors[name])
+    assert (tmp_path / "model.safetensors").read_bytes() == save(tensors, {"format": "pt"})
+    if direct >= 0:  # this disk can
+        assert sum(size for number, size in writes if number != direct) < 2 * PAGE * len(tensors)
+
+
+@pytest.mark.parametrize("refuses", ["opening", "writing", "all but a part"])
+def test_a_disk_without_direct_writing(tmp_path, monkeypatch, refuses):
+    opened, written = os.open, os.pwrite
+    direct: set[int] = set()
+
+    def opening(path: Any, flags: int, *rest: Any) -> int:
+        if not flags & os.O_DIRECT:
+            return opened(path, flags, *rest)
+        if refuses == "opening":
+            raise OSError(22, "Invalid argument")
+        direct.add(number := opened(path, flags, *rest))
+        return number
+
+    def writing(number: int, data: Any, start: int) -> int:
+        if number not in direct:
+            return written(number, data, start)
+        if refuses == "writing":
+            raise OSError(22, "Invalid argument")
+        return written(number, data[:4096], start)
+
+    monkeypatch.setattr("layershare.store.disk.os.open", opening)
+    monkeypatch.setattr("layershare.store.disk.os.pwrite", writing)
+    tensor = torch.arange(5000)
+    with Shards(tmp_path, {"a": tensor.to("meta")}, 1) as out:
+        out.put("a", tensor)
+    assert (tmp_path / "model.safetensors").read_bytes() == save({"a": tensor}, {"format": "pt"})
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+from layershare.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def command(code: str, words: list[str], **how: Any) -> subprocess.Popen[str]:
+    python = os.pathsep.join([str(Path(layershare.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": python}
+    return subprocess.Popen([sys.executable, "-c", code, *words], env=env, text=True, **how)
+
+
+@pytest.mark.parametrize(("most", "named"), [(16384, r"model.safetensors"), (100, "out")])
+def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tiny, tmp_path, most, named):
+    tiny("llama").save_pretrained(tmp_path / "source")
+    words = ["share", str(tmp_path / "source"), "--unique", "2", "--stream", "-o", str(tmp_path / "out")]
+    child = command(FULL, [str(most), *words], stderr=subprocess.PIPE)
+    _, said = child.communicate()
+    assert child.returncode == 2
+    line = (
+        rf"layershare: error: \S+{named}: cannot be written \(File too large\)\.( Choose another disk\.)?\n"
+    )
+    assert re.fullmatch(line, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("writes", range(1, 22, 4))
+def test_a_disk_that_is_full_at_any_time(tiny, tmp_path, monkeypatch, writes):
+    """Another process took the room meanwhile: whichever write fails, directly or not, nothing is left."""
+    tiny("llama").save_pretrained(tmp_path / "source")
+    written, left = os.pwrite, iter(range(writes))
+
+    def full(number: int, data: Any, start: int) -> int:
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        return written(number, data, start)
+
+    monkeypatch.setattr("layershare.store.disk.os.pwrite", full)
+    with pytest.raises(StoreError, match=r"model.safetensors: cannot be written \(No space left on device\)"):
+        share_folder(tmp_path / "source", tmp_path / "out", unique=2, stream=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from layershare.store.shards import Shards
 put = Shards.put
 def slow(*args):
@@ -295,14 +382,9 @@ def test_an_interrupted_run_leaves_no_output_and_the_next_one_is_whole(tiny, tmp
     model = tiny("llama")
     model.save_pretrained(source)
     words = ["share", str(source), "--unique", "2", "--stream", "-o", str(out)]
-    python = os.pathsep.join([str(Path(layershare.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{SLOW}",
-         *words],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": python},
-    )  # fmt: skip
+    child = command(SLOW, words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert child.stdout is not None
-    assert child.stdout.readline() == b"put\n"
+    assert child.stdout.readline() == "put\n"
     time.sleep(0.1)
     child.send_signal(sent)
     assert child.wait() != 0

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from layershare.errors import StoreError
+from layershare.errors import PlanError, StoreError
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import NAME, TRAP, LayershareConfig
 from layershare.sharing.layout import present
@@ -43,20 +43,24 @@ class LayershareLoader(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         assert isinstance(self.quantization_config, LayershareConfig)
-        plan = SharingPlan.from_dict(self.quantization_config.plan, "config.json: quantization_config.plan")
+        self.files = [Path(file) for file in checkpoint_files or ()]
+        config = self.files[0].with_name("config.json") if self.files else "config.json"
+        plan = SharingPlan.from_dict(self.quantization_config.plan, f"{config}: quantization_config.plan")
         if not plan.stacks and not plan.tables:
             raise StoreError(
-                "config.json: quantization_config has no plan.", "Save or download the model again."
+                f"{config}: quantization_config has no plan.", "Save or download the model again."
             )
-        self.files = [Path(file) for file in checkpoint_files or ()]
         self.where = (
             f"{self.files[0].parent if len(self.files) > 1 else self.files[0]}: " if self.files else ""
         )
         # A class may be half of what was saved, as T5EncoderModel.
-        plan = present(find_stacks(model, [one.name for one in plan.stacks]), plan)
+        try:
+            plan = present(find_stacks(model, [one.name for one in plan.stacks]), plan)
+            self.layout = layout_of(model, plan)
+        except PlanError as error:
+            raise PlanError(f"{config}: {error.message}", error.hint) from None
         self.quantization_config.plan = plan.to_dict()
         self.known = [one.name for one in plan.stacks]
-        self.layout = layout_of(model, plan)
         install(model, self.layout)
         # transformers then neither allocates nor initialises the members of a tie, and ties them to their owners.
         self.members = {member: owner for owner, *members in self.layout.ties for member in members}

@@ -1,5 +1,6 @@
 """Open models by folder or hub name, with errors in the user's own words. Nothing is downloaded for a folder."""
 
+import errno
 import json
 import logging
 import shutil
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedModel:
@@ -145,7 +148,7 @@ def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
 
     When it does not, the part goes away; with ``resume`` it stays, and the next call finds what is in it, unless
     something given was wrong before there was any checkpoint.
-    Raises StoreError, before the block runs, if there is something in ``out``.
+    Raises StoreError, before the block runs, if there is something in ``out``, and when the disk is full.
     """
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -162,6 +165,11 @@ def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if not resume or (isinstance(error, LayershareError) and not any(part.rglob("checkpoint-*"))):
             shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            where = error.filename or out
+            raise StoreError(
+                f"{where}: cannot be written ({error.strerror}).", "Choose another disk."
+            ) from error
         raise
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, cast
+from typing import Self, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layershare.errors import StoreError
+from layershare.store.disk import DiskFile, room
 
 SHARD_SIZE = "5GB"
 # By alignment: in a file the tensors of the last kind come first. The order is that of the safetensors library, so
@@ -53,7 +54,8 @@ class Shards:
             dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size
         )
         self.expected = dict(tensors)
-        self.places: dict[str, tuple[BinaryIO, int]] = {}
+        self.places: dict[str, tuple[DiskFile, int]] = {}
+        self.room = room()
         self.writer, self.writing = ThreadPoolExecutor(1), cast(Future[None] | None, None)
         for name, inside in split.filename_to_tensors.items():
             self._set_aside(folder / name, {key: tensors[key] for key in inside})
@@ -80,9 +82,7 @@ class Shards:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         with _to_disk(path):
-            file = path.open("wb")
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+            file = DiskFile(path, len(text).to_bytes(8, "little") + text, 8 + len(text) + end, self.room)
         self.places |= {name: (file, 8 + len(text) + start) for name, start in starts.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -110,17 +110,16 @@ class Shards:
             self.writer.shutdown()
             for file in {id(file): file for file, _ in self.places.values()}.values():
                 with _to_disk(file.name):
-                    file.close()  # writes the rest
+                    file.close()
         if error is None and self.expected:
             raise StoreError(
                 f"{next(iter(self.expected))} and {len(self.expected) - 1} more tensors never came."
             )
 
 
-def _write(file: BinaryIO, start: int, tensor: Tensor) -> None:
+def _write(file: DiskFile, start: int, tensor: Tensor) -> None:
     with _to_disk(file.name):
-        file.seek(start)
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(start, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 @contextmanager
