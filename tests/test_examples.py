@@ -1,62 +1,75 @@
-"""The worked examples: what stands in docs/examples is run as it stands, with fewer steps, on a few drawn inputs."""
+"""Every page of docs/examples does what it says: its commands and its code run, one after another, on tiny models.
 
+A page is plain Markdown. ``sh`` blocks hold layershare commands, one a line; ``python`` blocks follow in one session.
+What they name and do not make comes from materials.py. Steps are cut, and timed runs; nothing else is changed. The
+Chinese page, NAME.zh.md, has the same blocks.
+"""
+
+import importlib
 import re
 import shlex
-import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from layershare.cli import app
-from layershare.measure.latency import latency
+from layershare import cli
+from layershare.tasks import TASKS
+from materials import MATERIALS
 
-compare = sys.modules["layershare.measure.compare"]
-
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (EXAMPLES / page).read_text(encoding="utf-8"), flags=re.S)
+FOLDER = Path(__file__).parent.parent / "docs" / "examples"
+PAGES = sorted(page for page in FOLDER.glob("*.md") if not page.name.endswith(".zh.md"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMPARE = importlib.import_module("layershare.measure.compare")  # the package has a function of this name
+STEPS = re.compile(r"(steps[ =])\d+")
 
 
-def run(page: str, steps: int = 2) -> list[str]:
-    """Run every command of a page, then its Python; returns what the commands said."""
-    said = []
-    for line in "".join(blocks(f"{page}.md", "bash")).splitlines():
-        command = shlex.split(re.sub(r"--steps \d+", f"--steps {steps}", line))
-        assert command[0] == "layershare"
-        result = CliRunner().invoke(app, command[1:])
-        assert result.exit_code == 0, result.output
-        said.append(result.output)
-    for block in blocks(f"{page}.md", "python"):
-        exec(compile(block, page, "exec"), {})
-    return said
+def blocks(page):
+    """(language, code) of each block."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    assert found, f"{page.name} has no code"
+    assert {language for language, _ in found} <= {"sh", "python"}, page.name
+    return found
 
 
-@pytest.mark.parametrize(
-    "page", sorted(path.stem for path in EXAMPLES.glob("*.md") if ".zh" not in path.name)
-)
-def test_both_languages_show_the_same_commands(page: str):
-    for language in ("bash", "python"):
-        assert blocks(f"{page}.md", language) == blocks(f"{page}.zh.md", language) != []
+def quick(latency, calls, *, runs, seconds, **told):
+    return latency(calls, runs=1, seconds=0, **told)
 
 
-def test_image_classification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    from PIL import Image
-
-    draw = np.random.default_rng(0)
-    for label in "01":
-        (tmp_path / "photos" / label).mkdir(parents=True)
-        for number in range(1, 11):
-            pixels = draw.integers(128 * int(label), 128 * int(label) + 128, (28, 28), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number:04}.png")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_as_it_stands(page, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    # Speed is not what is tested here: as few timed runs as may be, and no processes for the memory.
-    monkeypatch.setattr(compare, "latency", lambda *calls, **how: latency(*calls, **how | {"seconds": 0.0}))
-    monkeypatch.setattr(compare, "peak_memory", lambda *_, **__: None)
-    said = run("image-classification")
-    assert "A A B B" in said[1]
-    assert "compute per image" in said[-1]
-    assert capsys.readouterr().out.strip()[-1] in "01"
+    monkeypatch.setattr(COMPARE, "peak_memory", lambda *_, **__: None)  # a process for each model
+    monkeypatch.setattr(COMPARE, "latency", partial(quick, COMPARE.latency))
+    code = blocks(page)
+    for name, make in MATERIALS.items():
+        if any(name in block for _, block in code):
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make(path, tokenizer)
+    session = {}
+    for language, block in code:
+        short = STEPS.sub(r"\g<1>2", block)
+        if language == "python":
+            exec(compile(short, page.name, "exec"), session)
+            continue
+        for line in short.replace("\\\n", " ").splitlines():
+            program, *words = shlex.split(line)
+            assert program == "layershare", line
+            assert cli.main(words) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_chinese_page_has_the_same_code(page):
+    assert blocks(page.with_suffix(".zh.md")) == blocks(page)
+
+
+def test_every_task_has_a_page():
+    told = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in TASKS if name != "span-corruption" and f"--task {name} " not in told] == []
+
+
+def test_what_pages_link_to_is_there():
+    for page in FOLDER.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

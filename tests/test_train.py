@@ -91,6 +91,14 @@ def test_training_lowers_the_loss_and_tells_its_terms(tiny, dataset, collate, tm
     assert not model.training
 
 
+def test_bfloat16_computes_in_it_and_keeps_the_weights_whole(tiny, dataset, collate, tmp_path):
+    model, seen = tiny("bert"), set()
+    model.pooler.dense.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    train(model, dataset, collate, to_one, CONFIG.model_copy(update={"precision": "bfloat16"}), tmp_path)
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_same_seed_same_bits(tiny, dataset, collate, tmp_path):
     results = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

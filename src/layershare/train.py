@@ -54,7 +54,7 @@ class TrainConfig(Config):
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="Average the weights over steps with this decay; 0 keeps the last ones."
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, for GPUs.")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast.")
     save_every: int = Field(
         0, ge=0, description="Steps between checkpoints; 0: about ten in a run, at least 50 apart."
     )
@@ -136,6 +136,7 @@ def train(
         max_grad_norm=config.max_grad_norm,
         adam_beta2=config.adam_beta2,
         bf16=config.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),  # else Trainer takes bfloat16 for a demand on a GPU
         seed=config.seed,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
