@@ -20,7 +20,7 @@ ROOMS = (
     ("sharing",),
     ("adapt", "architectures", "heal", "prune", "store", "measure", "analyse", "tasks", "train"),
     ("export", "report"),
-    ("compress", "sharing.folder", "recipe", "demo", "pretrain", "finetune"),
+    ("compress", "sharing.folder", "recipe", "demo", "pretrain", "finetune", "search"),
     ("cli", "__main__", ""),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -23,10 +23,11 @@ from layershare.measure.brief import result_of, timed
 from layershare.measure.compare import held_out
 from layershare.plan import SharingPlan
 from layershare.result import Result, write_atomic
+from layershare.search.bench import bench_of
+from layershare.search.within import need_optuna, search_within
 from layershare.sharing import make_plan, predict, share
 from layershare.sharing.moments import Moments, measure
 from layershare.sharing.search import SEARCHED
-from layershare.sharing.sensitivity import Answer
 from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
@@ -37,7 +38,8 @@ from layershare.store.open import (
     sketch,
 )
 from layershare.store.shards import SHARD_SIZE
-from layershare.tasks import Data, Outputs, Task, get_task
+from layershare.tasks import Data, Task, get_task
+from layershare.tasks.answers import answer_of, output_change
 from layershare.tasks.calibration import sample_batches
 
 BASELINES = ("drop",)
@@ -65,7 +67,8 @@ def compress(
 
     model: folder or hub name. data, test, validation: files, see :mod:`layershare.tasks`; without a test file a part of
     the data is held out, and no text is in two parts. budget: the most layer parameters to store, as a fraction of the
-    original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, or ``auto``).
+    original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, ``auto``, or
+    ``search``, see :mod:`layershare.search`).
     baseline: ``drop`` also makes a layer-dropped model, nearest in size and healed alike. steps: of healing, default
     those of :class:`~layershare.heal.config.DistillConfig`.
 
@@ -120,16 +123,22 @@ class _Job:
         """Raise PlanError for a plan that cannot be, before anything is written or trained."""
         if "scheme" not in wanted:
             predict(self.stacks, SharingPlan.from_dict(wanted))
+        elif wanted["scheme"] == "search":
+            need_optuna()
         elif wanted["scheme"] not in SEARCHED:
             make_plan(self.stacks, wanted["scheme"], budget=wanted["budget"])
 
-    def plan(self, wanted: dict[str, Any], calibration: list[dict[str, Any]]) -> SharingPlan:
-        """The plan meant by ``wanted``: one written out, or a scheme and a budget."""
+    def plan(self, wanted: dict[str, Any], calibration: list[dict[str, Any]], folder: Path) -> SharingPlan:
+        """The plan meant by ``wanted``: one written out, or a scheme and a budget. A search keeps its trials in
+        ``folder``."""
         if "scheme" not in wanted:
             return SharingPlan.from_dict(wanted)
         scheme, budget = wanted["scheme"], wanted["budget"]
         if scheme not in SEARCHED:
             return make_plan(self.stacks, scheme, budget=budget)
+        if scheme == "search":
+            bench = bench_of(self.kind, self.teacher, load_tokenizer(self.folder), self.data, self.moments)
+            return search_within(bench, budget, folder, seed=self.seed, progress=self.say)
         change = output_change(self.kind, self.teacher, calibration)
         return SEARCHED[scheme](self.teacher, self.stacks, budget, change, lambda: self.moments(calibration))
 
@@ -171,7 +180,7 @@ class _Job:
         batches = sample_batches(self.kind, tokenizer, self.data, self.teacher.config)
         with timed("plan", seconds):
             if not (saved := folder / "plan.toml").exists():
-                write_atomic(saved, self.plan(wanted, batches).to_toml())
+                write_atomic(saved, self.plan(wanted, batches, folder).to_toml())
             plan = SharingPlan.load(saved)
             self.say(f"\n{plan.picture()}\n")
         with timed("share", seconds):
@@ -189,41 +198,6 @@ class _Job:
         student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(self.folder, folder)
         return seconds, history
-
-
-def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Callable[[Any], float]:
-    """A function that says how far another model's answers are from those that ``model`` gives now."""
-    from torch import Tensor, no_grad
-    from torch.nn.functional import cosine_similarity
-
-    @no_grad()
-    def answers(one: Any) -> list[Tensor]:
-        one.eval()
-        return [_answer(kind.forward(one, batch))[0] for batch in batches]
-
-    before = answers(model)
-
-    def change(other: Any) -> float:
-        pairs = zip(answers(other), before, strict=True)
-        return sum(float((1 - cosine_similarity(now, then, dim=-1)).sum()) for now, then in pairs)
-
-    return change
-
-
-def answer_of(kind: Task) -> Answer:
-    """What a model of this task says to a batch, and whether it is logits."""
-    return lambda model, batch: _answer(kind.forward(model, batch))
-
-
-def _answer(output: Outputs) -> tuple[Any, bool]:
-    """The embedding, or the logits; a single number, or one of several answers, as one vector of the whole batch: alone
-    its direction would be but its sign."""
-    if output.embedding is not None or output.logits is None:
-        return output.embedding, False
-    if output.logits.shape[-1] == 1 or (output.along is None and output.logits.ndim == 3):
-        return output.logits.reshape(1, -1), False
-    mask = output.mask_of(output.along)
-    return (output.logits if mask is None else output.logits[mask.bool()]), True
 
 
 def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:

@@ -117,6 +117,9 @@ class Result(_Saved):
     history: Annotated[list[dict[str, Any]], Plain] = Field(
         default_factory=list, description="step, loss, ..."
     )
+    trials: Annotated[list[dict[str, Any]], Plain] = Field(
+        default_factory=list, description="of a search: index, name, change, stored, plan, ..."
+    )
     seconds: dict[str, float] = Field(default_factory=dict, description="wall time of each stage")
     notes: list[str] = Field(default_factory=list)
 
