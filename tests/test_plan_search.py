@@ -158,7 +158,7 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(done, bert_folder, few,
 
     def interrupt(self, plan):
         calls.append(plan)
-        if len(calls) == 24:  # in the second generation
+        if len(calls) == 20:  # in the second generation
             raise KeyboardInterrupt
         return measured(self, plan)
 

@@ -19,13 +19,14 @@ from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
 from layershare.measure import compare
-from layershare.measure.brief import result_of, timed
+from layershare.measure.brief import origin, result_of, timed
 from layershare.measure.compare import held_out
 from layershare.plan import SharingPlan
 from layershare.result import Result, write_atomic
 from layershare.search.bench import bench_of
 from layershare.search.within import need_optuna, search_within
 from layershare.sharing import make_plan, predict, share
+from layershare.sharing.carry import remember
 from layershare.sharing.moments import Moments, measure
 from layershare.sharing.search import SEARCHED
 from layershare.stacks import find_stacks
@@ -189,6 +190,11 @@ class _Job:
             else:
                 known = self.moments(batches) if plan.uses_activations else None
                 student = share(self.teacher, plan, calibration=known)
+        told = {
+            "texts": sum(len(next(iter(batch.values()))) for batch in batches),
+            "heal": self.config.model_dump(mode="json"),
+        }
+        remember(student, **origin(self.model, self.kind, self.data, self.seed, plan=wanted, **told))
         with timed("heal", seconds):
             self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} texts")
             history = distill(

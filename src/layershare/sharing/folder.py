@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from layershare.errors import OptionError
-from layershare.measure.brief import brief, result_of
+from layershare.measure.brief import brief, origin, result_of
 from layershare.plan import SharingPlan
 from layershare.presets import FIXED
 from layershare.sharing import make_plan, share
+from layershare.sharing.carry import remember
 from layershare.sharing.convert import Fit
 from layershare.stacks import find_stacks
 from layershare.store.open import (
@@ -56,15 +57,22 @@ def share_folder(
     with new_folder(out) as folder:
         original = outline(model) if stream else load_model(model)
         made = plan_for(find_stacks(original), plan, **options)
-        batches = None
+        batches, told = None, dict[str, Any]()
         if calibration and task is not None:
             kind = get_task(task)
-            found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
+            how = reading or {"split": (1.0, 0.0, 0.0)}
+            found, seed = kind.read(list(calibration), **how), how.get("seed", 0)
+            notes = [*found.notes, f'Settings: {{"fit": "{fit}"}}']
+            told = {"task": kind, "data": found.describe(), "seed": seed, "notes": notes}
             batches = sample_batches(kind, load_tokenizer(model), found, original.config)
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:
             student = share(original, made, calibration=batches, fit=fit)
+            if batches is not None:
+                remember(
+                    student, **origin(model, kind, found, seed, fit=fit, split=list(how.get("split", ())))
+                )
             student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(model, folder)
         made.save(folder / "plan.toml")
@@ -72,6 +80,7 @@ def share_folder(
             [brief("before", original, {}, model), brief("shared", student, {}, folder)],
             source=model,
             plan=made,
+            **told,
         ).save(folder / "result.json")
     return student
 
