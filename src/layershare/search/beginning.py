@@ -94,7 +94,7 @@ class Beginning:
     def _presets(self) -> Iterator[Entry]:
         for preset in SCHEMES:
             yield entry(preset, partial(self._preset, preset))
-            if preset not in ("drop", "gated", "basis", "geopair"):
+            if preset not in ("drop", "gated", "basis", "geopair", "atoms"):
                 yield entry(f"{preset}, regmean", partial(self._preset, preset, merge="regmean"))
 
     def _preset(self, preset: str, **options: Any) -> SharingPlan:

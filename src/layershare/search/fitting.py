@@ -33,7 +33,12 @@ class Fitted:
     def values(self, job: Job, original: Callable[[str], str]) -> dict[str, Tensor]:
         """What :func:`~layershare.sharing.solve.solve_one` gives, up to rounding. ``original``: from names in the
         student to names in the model."""
-        if not job.factored or job.group.fit == "geopair" or job.group.diagonal:
+        if (
+            not job.factored
+            or job.group.method == "atoms"
+            or job.group.fit == "geopair"
+            or job.group.diagonal
+        ):
             return self._solve(job, original)
         full = self._full(job, original)
         rank = job.group.rank

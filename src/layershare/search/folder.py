@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layershare import __version__
 from layershare.errors import DependencyError, OptionError, PlanError, StoreError
 from layershare.heal.callbacks import tell
@@ -69,7 +71,7 @@ def search(
     setting = Setting(
         folder, kind.name, dict(kind.settings), skip_bad, tuple(map(Path, data)),
         () if validation is None else (Path(validation),), columns, budget, seed,
-        threads=max(1, (os.cpu_count() or 1) // jobs),
+        threads=max(1, torch.get_num_threads() // jobs),
     )  # fmt: skip
     found = setting.read()
     inputs = {"layershare": __version__} | setting.inputs(found)
