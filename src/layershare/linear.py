@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import TieError
 
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 FACTORS = ("base", "up", "down", "diagonal", "atoms", "mix")
 GATE = "layershare_gate"
 
@@ -137,7 +138,7 @@ class AtomLinear(FactoredLinear):
     """A linear map ``x @ (sum_s mix_s atoms_s).T + bias``: atoms are shared with other positions, the mix is private
     (MASA: 2508.04581).
 
-    Shapes: ``atoms`` (count, out, in), ``mix`` (count), ``bias`` (out) or None. Otherwise as
+    Shapes: ``atoms`` (count * out, in), one below the other, ``mix`` (count), ``bias`` (out) or None. Otherwise as
     :class:`FactoredLinear`.
     """
 
@@ -151,7 +152,7 @@ class AtomLinear(FactoredLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.transposed = count, transposed
-        self.atoms = nn.Parameter(torch.empty(count, out_features, in_features, device=device, dtype=dtype))
+        self.atoms = nn.Parameter(torch.empty(count * out_features, in_features, device=device, dtype=dtype))
         self.mix = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         if bias:
@@ -162,11 +163,15 @@ class AtomLinear(FactoredLinear):
         return self.atoms
 
     def rows(self) -> Tensor:
-        # Not tensordot: exporters make one product of a matrix and a vector of this, and keep the atoms as they are.
-        return (self.mix @ self.atoms.flatten(1)).view(self.out_features, self.in_features)
+        return (self.mix @ self.atoms.view(self.rank, -1)).view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.rows(), self.bias)
+        if not _exporting():
+            return F.linear(x, self.rows(), self.bias)
+        # In a graph the sum over atoms would be computed beforehand, and stored for every position.
+        each = F.linear(x, self.atoms).unflatten(-1, (self.rank, self.out_features))
+        mixed = self.mix @ each
+        return mixed if self.bias is None else mixed + self.bias
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, atoms={self.rank}, bias={self.bias is not None}"
