@@ -54,7 +54,7 @@ MaybeBudget = Annotated[
 Scheme = Annotated[
     str,
     typer.Option(
-        help="How to share: auto, search (needs optuna), drop, gated, basis, geopair, atoms, or a preset by name."
+        help="How to share: auto, search (needs optuna), d_rank, drop, gated, basis, geopair, atoms, or a preset."
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan (.toml or .json) instead of a preset.")]
@@ -89,7 +89,7 @@ Preset = Annotated[
     str,
     typer.Option(
         help="A published scheme: all, sequence, cycle, cycle_rev, middle_cycle, sandwich, adjacent; "
-        "or drop, gated, basis, geopair, atoms."
+        "or drop, gated, basis, geopair, atoms; or d_rank, with --calibration."
     ),
 ]
 Unique = Annotated[int | None, typer.Option(help="Distinct layers per stack.")]

@@ -79,17 +79,17 @@ class Beginning:
         variations = (
             entry(name, partial(self.propose, choice), choice) for name, choice in begin_with(self.space)
         )
-        return [*_merged(self._presets()), self._auto(), *variations]
+        return [*_merged(self._presets()), self._measured("d_rank"), self._measured("auto"), *variations]
 
-    def _auto(self) -> Entry:
+    def _measured(self, scheme: str) -> Entry:
         def make() -> SharingPlan:
             bench = self.bench
             left = for_layers(bench.model, self.budget)
             if left >= 1:
                 raise PlanError("the model is within the budget as it is.")
-            return SEARCHED["auto"](bench.model, self.stacks, left, bench.change, lambda: bench.moments)
+            return SEARCHED[scheme](bench.model, self.stacks, left, bench.change, lambda: bench.moments)
 
-        return entry("auto", make)
+        return entry(scheme, make)
 
     def _presets(self) -> Iterator[Entry]:
         for preset in SCHEMES:

@@ -14,6 +14,8 @@ from layershare.stacks import Stack, find_stacks
 PlanMerge = Literal["first", "last", "mean", "regmean", "stepwise"]
 # Shared bases, and how each is fitted.
 BASES: dict[str, Literal["svd", "geopair"]] = {"basis": "svd", "geopair": "geopair"}
+# What needs activations, see layershare.sharing.search.
+MEASURED = ("auto", "d_rank")
 SCHEMES = (*presets.PRESETS, "drop", "gated", *BASES, "atoms")
 
 
@@ -36,6 +38,11 @@ def make_plan(
 
     Raises :class:`~layershare.errors.PlanError` naming the nearest preset, stack or part, or the least budget possible.
     """
+    if preset in MEASURED:
+        raise PlanError(
+            f"preset {preset!r} is read off the model's activations.",
+            "Give calibration data: share --calibration, compress --scheme, or plan --data.",
+        )
     if preset not in SCHEMES:
         raise PlanError(f"unknown preset {preset!r}.", nearest(preset, SCHEMES))
     if preset in ("drop", "gated", "atoms", *BASES) and (merge != "mean" or (rank and preset not in BASES)):
