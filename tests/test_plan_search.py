@@ -2,11 +2,13 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import layershare
+from layershare.compress import compress
 from layershare.errors import DependencyError, LayershareError, OptionError, StoreError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.search.beginning import Beginning, entry
@@ -15,6 +17,7 @@ from layershare.search.fitting import Fitted
 from layershare.search.folder import search
 from layershare.search.planner import plan_of_choice, space_of
 from layershare.search.space import GROUPINGS, METHODS, Choice, as_parameters, begin_with, suggest
+from layershare.search.within import search_within
 from layershare.sharing.layout import Job
 from layershare.sharing.lowrank import root
 from layershare.sharing.moments import measure
@@ -275,3 +278,17 @@ def test_the_empty_plan_of_a_stack_changes_nothing(bench):
     made = bench()
     stack = find_stacks(made.model)[0]
     assert made(SharingPlan(stacks=(StackPlan(name=stack.name, length=stack.length),))) == 0
+
+
+def test_compress_searches_within_its_run(bert_folder, few, tmp_path, monkeypatch):
+    monkeypatch.setattr("layershare.compress.search_within", partial(search_within, trials=1))
+    out, said = tmp_path / "out", []
+    settings = dict(task="sentence-embedding", data=[few], steps=1, budget=0.6, progress=said.append)
+    compress(bert_folder, out=out, scheme="search", **settings)
+    rows = json.loads((out / "search.json").read_text())["trials"]
+    best = min(
+        (one for one in rows if one["change"] is not None), key=lambda one: (one["change"], one["index"])
+    )
+    assert SharingPlan.load(out / "plan.toml") == SharingPlan.from_dict(best["plan"])
+    assert any(line.startswith("trial 0: ") for line in said)
+    assert not (out / "search.db").exists()

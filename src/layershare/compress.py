@@ -135,11 +135,11 @@ class _Job:
         if "scheme" not in wanted:
             return SharingPlan.from_dict(wanted)
         scheme, budget = wanted["scheme"], wanted["budget"]
-        if scheme not in SEARCHED:
-            return make_plan(self.stacks, scheme, budget=budget)
         if scheme == "search":
             bench = bench_of(self.kind, self.teacher, load_tokenizer(self.folder), self.data, self.moments)
             return search_within(bench, budget, folder, seed=self.seed, progress=self.say)
+        if scheme not in SEARCHED:
+            return make_plan(self.stacks, scheme, budget=budget)
         change = output_change(self.kind, self.teacher, calibration)
         return SEARCHED[scheme](self.teacher, self.stacks, budget, change, lambda: self.moments(calibration))
 

@@ -1,5 +1,7 @@
 """Verbs that make a model smaller: plan, share, prune, and whole runs: compress, demo, run."""
 
+from typing import Any
+
 from layershare import options as opt
 from layershare.cli.answer import Shown, account, columns, note, saved, task_of, values, words
 from layershare.cli.planning import drawn, refuse, searched
@@ -25,7 +27,9 @@ def plan(
     from layershare.store.open import sketch
 
     stacks, names = find_stacks(sketch(model)), words(parts)
-    how = dict(preset=preset, unique=unique, budget=budget, parts=names, stack=stack, merge=merge, rank=rank)
+    how: dict[str, Any] = dict(
+        preset=preset, unique=unique, budget=budget, parts=names, stack=stack, merge=merge, rank=rank
+    )
     return drawn(stacks, plan_for(stacks, plan, **how), out)
 
 

@@ -25,7 +25,7 @@ def _cycle(positions: Positions) -> Split:
 
 
 def _middle(positions: Positions) -> Split:
-    ends = [(positions[0],), (positions[-1],)] if len(positions) > 1 else [(positions[0],)]
+    ends: Split = [(positions[0],), (positions[-1],)] if len(positions) > 1 else [(positions[0],)]
     between = tuple(positions[1:-1])
     return [*ends, between] if between else ends
 

@@ -15,8 +15,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -39,7 +40,8 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 Measure = Callable[[SharingPlan], float]
 
 
-class Trial(NamedTuple):
+@dataclass(frozen=True)
+class Trial:
     """A finished trial."""
 
     index: int
@@ -128,10 +130,10 @@ def lead(trials: Trials, number: int, made: Beginning, seed: int, say: Callable[
                     trials.study.add_trial(_waiting(index, one, made.space, len(entries)))
         if not work(trials, made.bench):
             time.sleep(WAIT)  # others are at it
-        for one in trials.finished:
-            if one.index not in told:
-                told.add(one.index)
-                say(str(one))
+        for trial in trials.finished:
+            if trial.index not in told:
+                told.add(trial.index)
+                say(str(trial))
 
 
 def follow(trials: Trials, measure: Measure, go_on: Callable[[], bool]) -> None:
