@@ -23,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "basis": dict(preset="basis", rank=3),
     "basis budget": dict(preset="basis", budget=0.7),
     "geopair": dict(preset="geopair", rank=3),
+    "atoms": dict(preset="atoms", unique=2),
     "stepwise": dict(preset="cycle", unique=2, merge="stepwise"),
     "relaxed": dict(preset="cycle", unique=2, merge="regmean", rank=2),
     "everything": dict(preset="adjacent", unique=2, parts="*"),

@@ -157,6 +157,21 @@ def test_a_classifier_in_int8_has_every_product_quantised_and_names_its_labels(t
         runner.encode(texts)
 
 
+def test_atoms_are_stored_once_and_each_position_mixes_them(folder, tokenizer, tmp_path):
+    model, source = folder("bert", preset="atoms", unique=2)
+    made = export(source, tmp_path / "onnx", "onnx")
+    assert made.bytes_stored <= 1.02 * made.bytes_unique
+    assert (made.products, made.shared) == (18, 18)
+    small = export(source, tmp_path / "int8", "onnx", int8=True)
+    assert small.quantized == small.products == 18
+    batch = tokenizer(["the cat sits on the mat", "a dog"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    mean = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    texts = ["the cat sits on the mat", "a dog"]
+    assert np.allclose(load(tmp_path / "onnx").encode(texts), mean.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_greedy_tokens_are_those_of_generate(kind, folder, tmp_path):
     model, source = folder(kind, preset="all")

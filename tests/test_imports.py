@@ -21,7 +21,7 @@ ROOMS = (
     ("adapt", "architectures", "heal", "prune", "store", "measure", "analyse", "tasks", "train"),
     ("exits", "decoding"),
     ("export", "report"),
-    ("compress", "sharing.folder", "exits.folder", "recipe", "demo", "pretrain", "finetune"),
+    ("compress", "sharing.folder", "exits.folder", "recipe", "demo", "pretrain", "finetune", "search"),
     ("cli", "__main__", ""),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

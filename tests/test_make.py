@@ -76,7 +76,8 @@ def test_a_budget_is_used_up_and_kept(tiny, kind, preset, budget):
             largest = min(min(w.shape) for w in stack.layers[1] if w.factorable)
             more = (make_plan([stack], preset, rank=rank + 1),) if rank + 1 < largest else ()
         else:
-            unique = {"drop": len(one.kept)}.get(
+            mixed = one.groups[0].atoms if one.groups else stack.length
+            unique = {"drop": len(one.kept), "atoms": mixed}.get(
                 preset, stack.length - sum(len(g.positions) - 1 for g in one.groups)
             )
             more = () if preset == "sandwich" else (make_plan([stack], preset, unique=unique + 1),)

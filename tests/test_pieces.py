@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from layershare import compress
 from layershare.sharing import pieces as room
 from layershare.sharing.pieces import pieces
 from layershare.sharing.sensitivity import sensitivities
-from layershare.tasks import get_task
+from layershare.tasks import answers, get_task
 
 
 def batch(texts: int = 5, tokens: int = 7) -> dict[str, torch.Tensor]:
@@ -44,7 +43,7 @@ def test_sensitivities_in_pieces_are_those_of_the_texts_one_by_one(tiny, monkeyp
 def test_the_change_of_logits_is_their_divergence(tiny, monkeypatch, limit):
     monkeypatch.setattr(room, "LOGITS", limit)
     model, other, whole = tiny("llama"), tiny("llama", seed=1), batch()
-    change = compress.output_change(get_task("causal-lm"), model, [whole])
+    change = answers.output_change(get_task("causal-lm"), model, [whole])
     with torch.no_grad():
         p, q = (one(**whole).logits.softmax(-1) for one in (model, other))
     assert change(model) == pytest.approx(0, abs=1e-6)
@@ -53,8 +52,8 @@ def test_the_change_of_logits_is_their_divergence(tiny, monkeypatch, limit):
 
 def test_of_many_logits_evenly_spread_tokens_are_compared(tiny, monkeypatch):
     model, other, whole = tiny("llama"), tiny("llama", seed=1), batch()
-    monkeypatch.setattr(compress, "KEPT", 35 * model.config.vocab_size // 5)
-    change = compress.output_change(get_task("causal-lm"), model, [whole])
+    monkeypatch.setattr(answers, "KEPT", 35 * model.config.vocab_size // 5)
+    change = answers.output_change(get_task("causal-lm"), model, [whole])
     with torch.no_grad():
         p, q = (one(**whole).logits.softmax(-1).flatten(0, 1)[::5] for one in (model, other))
     assert change(other) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)

@@ -5,9 +5,12 @@ import torch
 
 from layershare import SharingPlan, make_plan, predict, share, verify
 from layershare.errors import PlanError
+from layershare.sharing.folder import share_folder
 from layershare.sharing.layout import resolve
 from layershare.sharing.lowrank import effective_rank
+from layershare.sharing.moments import measure
 from layershare.sharing.ranks import Unit, d_rank, fill_budget
+from layershare.sharing.search import SEARCHED
 from layershare.stacks import Weight, find_stacks
 
 
@@ -79,3 +82,24 @@ def test_a_matrix_too_small_for_the_rank_of_a_basis_stays_private_with_a_note(ti
     verify(share(model, plan), plan)
     with pytest.raises(PlanError, match="rank 16"):
         share(model, make_plan(model, "basis", rank=16, parts=["attention"]))
+
+
+def test_it_has_a_name_where_there_are_activations(tiny, bert_folder, pairs_file, tmp_path):
+    made = dict(calibration=[pairs_file], task="sentence-embedding", preset="d_rank")
+    share_folder(bert_folder, tmp_path / "out", budget=0.6, **made)
+    plan = SharingPlan.load(tmp_path / "out" / "plan.toml")
+    assert 0.5 < predict(find_stacks(tiny("bert")), plan).ratio <= 0.6
+    assert {len(group.positions) for group in plan.stacks[0].groups} == {1}
+    for wrong, words in [({}, "needs a budget"), ({"budget": 0.5, "rank": 3}, "takes no rank = 3")]:
+        with pytest.raises(PlanError, match=words):
+            share_folder(bert_folder, tmp_path / "other", **made, **wrong)
+    with pytest.raises(PlanError, match="activations"):
+        make_plan(tiny("bert"), "d_rank", budget=0.5)
+
+
+def test_moments_say_the_same_as_the_batches(tiny, batch_for):
+    model = tiny("llama")
+    (stack,) = find_stacks(model)
+    batches = [batch_for("llama")]
+    plan = SEARCHED["d_rank"](model, [stack], 0.6, None, lambda: measure(model, batches))
+    assert plan.stacks == (d_rank(model, stack, 0.6, batches),)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layershare.compress import answer_of
 from layershare.errors import DependencyError
 from layershare.sharing.moments import linear_maps
 from layershare.sharing.sensitivity import sensitivities
 from layershare.store.open import load_model, load_tokenizer
 from layershare.tasks import get_task
+from layershare.tasks.answers import answer_of
 from quality.encoder import pairs
 from quality.subject import Batches, Subject
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import layershare
-from layershare.compress import answer_of, output_change
 from layershare.sharing.moments import Moments, linear_maps
 from layershare.sharing.sensitivity import sensitivities
 from layershare.sharing.statistics import collect
+from layershare.tasks.answers import answer_of, output_change
 
 Batches = list[dict[str, Any]]
 

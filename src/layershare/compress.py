@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
 from layershare.measure import compare
-from layershare.measure.brief import result_of, timed
+from layershare.measure.brief import origin, result_of, timed
 from layershare.measure.compare import held_out
 from layershare.plan import SharingPlan
 from layershare.result import Result, write_atomic
+from layershare.search.bench import bench_of
+from layershare.search.within import need_optuna, search_within
 from layershare.sharing import make_plan, predict, share
+from layershare.sharing.carry import remember
 from layershare.sharing.moments import Moments, measure
-from layershare.sharing.pieces import pieces
 from layershare.sharing.search import SEARCHED
-from layershare.sharing.sensitivity import Answer
 from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
@@ -38,12 +39,11 @@ from layershare.store.open import (
     sketch,
 )
 from layershare.store.shards import SHARD_SIZE
-from layershare.tasks import Data, Outputs, Task, get_task
+from layershare.tasks import Data, Task, get_task
+from layershare.tasks.answers import answer_of, output_change
 from layershare.tasks.calibration import sample_batches
 
 BASELINES = ("drop",)
-KEPT = 1 << 26
-"""At most about so many logits of the original are kept to compare with (256 MB)."""
 
 
 def compress(
@@ -68,7 +68,8 @@ def compress(
 
     model: folder or hub name. data, test, validation: files, see :mod:`layershare.tasks`; without a test file a part of
     the data is held out, and no text is in two parts. budget: the most layer parameters to store, as a fraction of the
-    original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, or ``auto``).
+    original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, ``auto``, or
+    ``search``, see :mod:`layershare.search`).
     baseline: ``drop`` also makes a layer-dropped model, nearest in size and healed alike. steps: of healing, default
     those of :class:`~layershare.heal.config.DistillConfig`.
 
@@ -123,14 +124,26 @@ class _Job:
         """Raise PlanError for a plan that cannot be, before anything is written or trained."""
         if "scheme" not in wanted:
             predict(self.stacks, SharingPlan.from_dict(wanted))
+        elif wanted["scheme"] == "search":
+            need_optuna()
         elif wanted["scheme"] not in SEARCHED:
             make_plan(self.stacks, wanted["scheme"], budget=wanted["budget"])
 
-    def plan(self, wanted: dict[str, Any], calibration: list[dict[str, Any]]) -> SharingPlan:
-        """The plan meant by ``wanted``: one written out, or a scheme and a budget."""
+    def plan(self, wanted: dict[str, Any], calibration: list[dict[str, Any]], folder: Path) -> SharingPlan:
+        """The plan meant by ``wanted``: one written out, or a scheme and a budget. A search keeps its trials in
+        ``folder``."""
         if "scheme" not in wanted:
             return SharingPlan.from_dict(wanted)
         scheme, budget = wanted["scheme"], wanted["budget"]
+        if scheme == "search":
+            bench = bench_of(
+                self.kind,
+                self.teacher,
+                load_processor(self.folder, self.kind.processor),
+                self.data,
+                self.moments,
+            )
+            return search_within(bench, budget, folder, seed=self.seed, progress=self.say)
         if scheme not in SEARCHED:
             return make_plan(self.stacks, scheme, budget=budget)
         change = output_change(self.kind, self.teacher, calibration)
@@ -174,7 +187,7 @@ class _Job:
         batches = sample_batches(self.kind, tokenizer, self.data, self.teacher.config)
         with timed("plan", seconds):
             if not (saved := folder / "plan.toml").exists():
-                write_atomic(saved, self.plan(wanted, batches).to_toml())
+                write_atomic(saved, self.plan(wanted, batches, folder).to_toml())
             plan = SharingPlan.load(saved)
             self.say(f"\n{plan.picture()}\n")
         with timed("share", seconds):
@@ -183,6 +196,11 @@ class _Job:
                 student = share(self.teacher, plan, calibration=batches, fit="sequential", known=known)
             else:
                 student = share(self.teacher, plan)
+        told = {
+            "texts": sum(len(next(iter(batch.values()))) for batch in batches),
+            "heal": self.config.model_dump(mode="json"),
+        }
+        remember(student, **origin(self.model, self.kind, self.data, self.seed, plan=wanted, **told))
         with timed("heal", seconds):
             self.say(f"heal: {self.config.steps} steps of {self.config.batch_size} {self.kind.unit}s")
             history = distill(
@@ -192,61 +210,6 @@ class _Job:
         student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(self.folder, folder)
         return seconds, history
-
-
-def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Callable[[Any], float]:
-    """A function that says how far another model's answers are from those that ``model`` gives now.
-
-    Of embeddings it is the sum of 1 - cosine, of logits that of the KL divergences. Logits over a vocabulary are kept
-    for evenly spread tokens only, ``KEPT`` numbers in all.
-    """
-    from torch import Tensor, no_grad
-    from torch.nn.functional import cosine_similarity, kl_div
-
-    cut = [piece for batch in batches for piece in pieces(model, batch)]
-    steps: dict[int, int] = {}
-
-    @no_grad()
-    def answers(one: Any) -> Iterator[tuple[Tensor, bool]]:
-        one.eval()
-        for i, piece in enumerate(cut):
-            answer, logits = _answer(kind.forward(one, piece))
-            if logits:
-                answer = answer.flatten(0, -2)
-                step = steps.setdefault(i, max(1, len(cut) * answer.numel() // KEPT))
-                answer = answer[::step].float().log_softmax(-1)
-            yield answer, logits
-
-    before = list(answers(model))
-
-    def change(other: Any) -> float:
-        total = 0.0
-        for (now, logits), (then, _) in zip(answers(other), before, strict=True):
-            moved = (
-                kl_div(now, then, log_target=True, reduction="sum")
-                if logits
-                else (1 - cosine_similarity(now, then, dim=-1)).sum()
-            )
-            total += float(moved)
-        return total
-
-    return change
-
-
-def answer_of(kind: Task) -> Answer:
-    """What a model of this task says to a batch, and whether it is logits."""
-    return lambda model, batch: _answer(kind.forward(model, batch))
-
-
-def _answer(output: Outputs) -> tuple[Any, bool]:
-    """The embedding, or the logits; a single number, or one of several answers, as one vector of the whole batch: alone
-    its direction would be but its sign."""
-    if output.embedding is not None or output.logits is None:
-        return output.embedding, False
-    if output.logits.shape[-1] == 1 or (output.along is None and output.logits.ndim == 3):
-        return output.logits.reshape(1, -1), False
-    mask = output.mask_of(output.along)
-    return (output.logits if mask is None else output.logits[mask.bool()]), True
 
 
 def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:

@@ -1,4 +1,4 @@
-"""FactoredLinear: the one module that layershare adds to a model."""
+"""FactoredLinear and AtomLinear: the modules that layershare adds to a model."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import TieError
 
-FACTORS = ("base", "up", "down", "diagonal")
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+FACTORS = ("base", "up", "down", "diagonal", "atoms", "mix")
 GATE = "layershare_gate"
 
 
@@ -63,6 +64,11 @@ class FactoredLinear(nn.Linear):
         factored.bias = module.bias  # type: ignore[assignment]
         return factored.train(module.training)
 
+    @property
+    def factor(self) -> Tensor:
+        """One of the factors that every such map has: they are of one kind of number, on one device."""
+        return self.up
+
     def reset_parameters(self) -> None:
         """Nothing, for the same reason."""
 
@@ -71,13 +77,20 @@ class FactoredLinear(nn.Linear):
         # While a model is loaded, some factors are on the meta device until the ties are made.
         if any(factor.is_meta for factor in self.parameters(recurse=False)):
             shape = (self.out_features, self.in_features)
-            return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.up.dtype, device="meta")
+            return torch.empty(
+                shape[::-1] if self.transposed else shape, dtype=self.factor.dtype, device="meta"
+            )
+        rows = self.rows()
+        return rows.T if self.transposed else rows
+
+    def rows(self) -> Tensor:
+        """The matrix (out, in) that it stands for."""
         dense = self.up @ self.down
         if self.base is not None:
             dense = dense + self.base
         if self.diagonal is not None:
             dense = torch.diagonal_scatter(dense, dense.diagonal() + self.diagonal)
-        return dense.T if self.transposed else dense
+        return dense
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
@@ -110,7 +123,7 @@ class FactoredLinear(nn.Linear):
             module: nn.Module = Conv1D(self.out_features, self.in_features).to(weight)
         else:
             module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None).to(weight)
-        module.weight = nn.Parameter(weight.contiguous(), requires_grad=self.up.requires_grad)
+        module.weight = nn.Parameter(weight.contiguous(), requires_grad=self.factor.requires_grad)
         module.bias = self.bias
         return module.train(self.training)
 
@@ -119,6 +132,49 @@ class FactoredLinear(nn.Linear):
         return (
             f"{self.in_features}, {self.out_features}, {base}rank={self.rank}, bias={self.bias is not None}"
         )
+
+
+class AtomLinear(FactoredLinear):
+    """A linear map ``x @ (sum_s mix_s atoms_s).T + bias``: atoms are shared with other positions, the mix is private
+    (MASA: 2508.04581).
+
+    Shapes: ``atoms`` (count * out, in), one below the other, ``mix`` (count), ``bias`` (out) or None. Otherwise as
+    :class:`FactoredLinear`.
+    """
+
+    atoms: Tensor
+    mix: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, count: int, *, bias: bool, transposed: bool = False,
+        device: Any = None, dtype: torch.dtype | None = None, **_: bool,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.transposed = count, transposed
+        self.atoms = nn.Parameter(torch.empty(count * out_features, in_features, device=device, dtype=dtype))
+        self.mix = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+
+    @property
+    def factor(self) -> Tensor:
+        return self.atoms
+
+    def rows(self) -> Tensor:
+        return (self.mix @ self.atoms.view(self.rank, -1)).view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _exporting():
+            return F.linear(x, self.rows(), self.bias)
+        # In a graph the sum over atoms would be computed beforehand, and stored for every position.
+        each = F.linear(x, self.atoms).unflatten(-1, (self.rank, self.out_features))
+        mixed = self.mix @ each
+        return mixed if self.bias is None else mixed + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, atoms={self.rank}, bias={self.bias is not None}"
 
 
 def kind_of(module: nn.Module) -> str:

@@ -53,15 +53,44 @@ MaybeBudget = Annotated[
     float | None, typer.Option(help="As a fraction of the layer parameters, instead of --unique.")
 ]
 Scheme = Annotated[
-    str, typer.Option(help="How to share: auto, drop, gated, basis, geopair, or a preset by name.")
+    str,
+    typer.Option(
+        help="How to share: auto, search (needs optuna), d_rank, drop, gated, basis, geopair, atoms, or a preset."
+    ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan (.toml or .json) instead of a preset.")]
-PlanOut = Annotated[Path | None, typer.Option("-o", "--out", help="Save the plan here (.toml or .json).")]
+PlanOut = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Save the plan here (.toml or .json); with --data: the folder to write."
+    ),
+]
+PlanBudget = Annotated[
+    float | None,
+    typer.Option(
+        help="As a fraction of the layer parameters, instead of --unique; with --data also bytes of the whole model."
+    ),
+]
+SearchData = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data", help="Search the plan on these texts (see --data of compress); needs --budget and -o."
+    ),
+]
+Trials = Annotated[int, typer.Option(help="Plans to try in a search, presets and auto included.")]
+Jobs = Annotated[int, typer.Option(help="Processes that try plans at the same time.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of the database that keeps the trials (any that optuna speaks); default: SQLite in the folder. "
+        "The same command on another machine then takes trials too."
+    ),
+]
 Preset = Annotated[
     str,
     typer.Option(
         help="A published scheme: all, sequence, cycle, cycle_rev, middle_cycle, sandwich, adjacent; "
-        "or drop, gated, basis, geopair."
+        "or drop, gated, basis, geopair, atoms; or d_rank, with --calibration."
     ),
 ]
 Unique = Annotated[int | None, typer.Option(help="Distinct layers per stack.")]

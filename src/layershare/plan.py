@@ -18,7 +18,7 @@ from layershare.errors import PlanError
 from layershare.result import write_atomic
 
 FORMAT_VERSION = 1
-Method = Literal["tie", "basis"]
+Method = Literal["tie", "basis", "atoms"]
 Merge = Literal["first", "last", "pick", "mean", "regmean"]
 
 
@@ -40,7 +40,8 @@ class Group(Config):
     position keeps a private low-rank correction of that rank. ``method="basis"``: each matrix is a product of two
     factors of inner size ``rank``; the one on ``side`` is stored once for the group, the other one per position; with
     ``side="both"`` one low-rank matrix, made from theirs by ``merge``, serves all. A group of one position is then a
-    plain low-rank factorisation.
+    plain low-rank factorisation. ``method="atoms"``: each matrix is a mix of ``atoms`` matrices that are stored once
+    for the group, with as many private coefficients (MASA).
     """
 
     positions: Positions
@@ -61,6 +62,9 @@ class Group(Config):
     kv: bool = False
     """Keys and values are computed once, at the first position, and read by the others (cross-layer attention)."""
 
+    atoms: int = Field(0, ge=0)
+    """With ``method="atoms"``: how many matrices are stored."""
+
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if not self.positions:
@@ -79,6 +83,10 @@ class Group(Config):
             raise ValueError("kv = true is for method = 'tie' over several positions")
         if self.method == "basis" and self.rank == 0:
             raise ValueError(f"the basis over positions {list(self.positions)} needs a rank of at least 1")
+        if (self.method == "atoms") != (self.atoms > 0):
+            raise ValueError("method = 'atoms' and atoms = (a number) go together")
+        if self.method == "atoms" and (self.rank or self.merge != "mean"):
+            raise ValueError("method = 'atoms' takes no rank and no merge")
         return self
 
 
@@ -163,7 +171,9 @@ class SharingPlan(Config):
     def uses_activations(self) -> bool:
         """Whether calibration would change what is shared."""
         groups = [group for stack in self.stacks for group in stack.groups]
-        return bool(self.tables) or any(group.rank or group.merge == "regmean" for group in groups)
+        return bool(self.tables) or any(
+            group.rank or group.atoms or group.merge == "regmean" for group in groups
+        )
 
     def to_dict(self) -> dict:
         """Plain data, defaults left out so that the text stays readable."""
@@ -227,7 +237,7 @@ class SharingPlan(Config):
     def picture(self) -> str:
         """A text picture: a column a position, a row a part; equal letters share, ``.`` is private, ``x`` dropped.
 
-        A small letter is a shared basis; below stands what each letter means.
+        A small letter is a shared basis, or shared atoms; below stands what each letter means.
         """
         tables = [f"{table.name}: in two factors of rank {table.rank}" for table in self.tables]
         if not tables and not any(stack.groups or stack.drop or stack.gates for stack in self.stacks):
@@ -267,7 +277,7 @@ def _draw(stack: StackPlan) -> str:
 
 def _letter(number: int, method: str) -> str:
     letter = ascii_uppercase[number % 26] + (str(number // 26) if number >= 26 else "")
-    return letter.lower() if method == "basis" else letter
+    return letter if method == "tie" else letter.lower()
 
 
 def describe(group: Group) -> str:
@@ -280,6 +290,8 @@ def describe(group: Group) -> str:
             return f"tied ({merge}), low-rank factors of rank {group.rank}"
         how = ", each in its own metric" if group.fit == "geopair" else ""
         return f"shared basis of rank {group.rank}, {group.side} side{how}"
+    if group.method == "atoms":
+        return f"mixed of {group.atoms} shared matrices"
     if len(group.positions) == 1:
         return "private"
     private = f" + private rank {group.rank}{' + diagonal' * group.diagonal}" if group.rank else ""

@@ -121,6 +121,9 @@ class Result(_Saved):
     curve: Annotated[list[dict[str, Any]], Plain] = Field(
         default_factory=list, description="points of a trade-off: threshold, quality, times_as_fast, ..."
     )
+    trials: Annotated[list[dict[str, Any]], Plain] = Field(
+        default_factory=list, description="of a search: index, name, change, stored, plan, ..."
+    )
     seconds: dict[str, float] = Field(default_factory=dict, description="wall time of each stage")
     notes: list[str] = Field(default_factory=list)
 

@@ -170,7 +170,7 @@ def _weights(layer: nn.Module | None) -> list[Weight]:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
     if isinstance(module, FactoredLinear):
         shape = (module.out_features, module.in_features)
-        yield "weight", shape[::-1] if module.transposed else shape, module.up.element_size()
+        yield "weight", shape[::-1] if module.transposed else shape, module.factor.element_size()
     for leaf, parameter in module.named_parameters(recurse=False):
         if leaf != GATE and not (isinstance(module, FactoredLinear) and leaf in FACTORS):
             yield leaf, tuple(parameter.shape), parameter.element_size()

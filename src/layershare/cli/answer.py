@@ -90,14 +90,6 @@ def saved(out: Path) -> str:
     return f"Saved in {out}; the report is {out / 'report.html'}"
 
 
-def price(cost: Any) -> str:
-    """What a plan stores, in one line."""
-    return (
-        f"stores {cost.layer_unique:,} of {cost.layer_effective:,} layer parameters ({cost.ratio:.1%}), "
-        f"{cost.layer_bytes / 1e6:,.1f} of {cost.layer_bytes_before / 1e6:,.1f} MB"
-    )
-
-
 def account(student: Any, folder: Path) -> Shown:
     """Verify a shared model, and tell what is tied."""
     from layershare import plan_of, verify

@@ -1,34 +1,37 @@
 """Verbs that make a model smaller: plan, share, prune, and whole runs: compress, demo, run."""
 
-from dataclasses import asdict
+from typing import Any
 
 from layershare import options as opt
-from layershare.cli.answer import Shown, account, columns, note, price, saved, task_of, values, words
+from layershare.cli.answer import Shown, account, columns, note, saved, task_of, values, words
+from layershare.cli.planning import drawn, refuse, searched
 
 
 def plan(
     model: opt.Model, *, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
-    unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
+    unique: opt.Unique = None, budget: opt.PlanBudget = None, parts: opt.Parts = None,
     stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0, kv: opt.KeysValues = False,
     out: opt.PlanOut = None,
+    data: opt.SearchData = None, task: opt.MaybeTask = None, validation: opt.Validation = None,
+    column: opt.Column = None, trials: opt.Trials = 64, jobs: opt.Jobs = 1, storage: opt.Storage = None,
+    seed: opt.Seed = 0, task_set: opt.TaskSet = None, skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
-    """Show what would be shared, and what that stores. No weight is read."""
-    from layershare import find_stacks, predict
+    """Show what would be shared, and what that stores. With --data: search the plan that changes the answers least."""
+    if data:
+        refuse({"--plan": plan, "--unique": unique, "--parts": parts, "--stack": stack, "--rank": rank})
+        return searched(
+            model, out, budget, data, task=task, task_settings=values(task_set, "--task-set"), validation=validation,
+            columns=columns(column), skip_bad=skip_bad, seed=seed, trials=trials, jobs=jobs, storage=storage,
+        )  # fmt: skip
     from layershare.sharing.folder import plan_for
-    from layershare.sharing.layout import remarks
+    from layershare.stacks import find_stacks
     from layershare.store.open import sketch
 
-    stacks = find_stacks(sketch(model))
-    made = plan_for(
-        stacks, plan, preset=preset, unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge,
-        rank=rank, kv=kv,
-    )  # fmt: skip
-    cost, notes = predict(stacks, made), remarks(stacks, made)
-    if out is not None:
-        made.save(out)
-    data = {"plan": made.to_dict(), "predicted": asdict(cost) | {"ratio": cost.ratio}, "notes": notes}
-    text = [*map(str, stacks), "", made.picture(), *(f"note: {one}" for one in notes), "", price(cost)]
-    return Shown("\n".join(text), data)
+    stacks, names = find_stacks(sketch(model)), words(parts)
+    how: dict[str, Any] = dict(
+        preset=preset, unique=unique, budget=budget, parts=names, stack=stack, merge=merge, rank=rank, kv=kv
+    )
+    return drawn(stacks, plan_for(stacks, plan, **how), out)
 
 
 def share(

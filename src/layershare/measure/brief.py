@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layershare import __version__
 from layershare.config import Config
 from layershare.measure.machine import machine
 from layershare.measure.size import bytes_on_disk
 from layershare.plan import SharingPlan
 from layershare.result import Figures, Result, command, without_folders
+from layershare.stages import fingerprint
+from layershare.store.open import local_folder
 
 if TYPE_CHECKING:
     from layershare.tasks import Data, Task
@@ -86,6 +89,23 @@ def result_of(
         seconds=dict(seconds or {}),
         notes=list(notes),
     )
+
+
+def origin(source: str | Path, task: "Task", data: "Data", seed: int, **settings: Any) -> dict[str, Any]:
+    """What config.json says of how a shared model was made, so that anyone can make it again: of what model, on what
+    data (by hash), for what task, with what seed and settings. JSON-ready, without folders."""
+    path = Path(source).expanduser()
+    return {
+        "layershare": __version__,
+        "source": path.absolute().name if path.exists() else str(source),
+        "source_sha256": fingerprint(local_folder(source)),
+        "task": task.name,
+        **({"task_settings": dict(task.settings)} if task.settings else {}),
+        "data_sha256": without_folders(data.sha256),
+        "columns": dict(data.columns),
+        "seed": seed,
+        **settings,
+    }
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layershare.architectures.inputs import run
 from layershare.errors import ModelError
-from layershare.linear import FactoredLinear, kind_of
+from layershare.linear import AtomLinear, FactoredLinear, kind_of
 from layershare.prune import fit
 from layershare.prune.blocks import Block, Inputs
 from layershare.sharing.carry import plan_of
@@ -36,6 +36,10 @@ def module_of(block: Block) -> str:
 
 def axes_of(module: nn.Module, *, reads: bool) -> list[tuple[str, int]]:
     """(leaf, axis) of the parameters of a linear map that have its inputs (``reads``) or outputs along an axis."""
+    if isinstance(module, AtomLinear):
+        raise ModelError(
+            "a map that is mixed of shared atoms cannot lose inputs or outputs.", "Unshare it first."
+        )
     if isinstance(module, FactoredLinear):
         if module.diagonal is not None:
             raise ModelError(

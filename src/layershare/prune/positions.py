@@ -91,7 +91,7 @@ def shorter_plan(plan: SharingPlan, name: str, length: int, gone: Sequence[int])
         name=one.name,
         length=one.length,
         drop=tuple(away),
-        groups=tuple(g for g in groups if len(g.positions) > 1 or g.method == "basis"),
+        groups=tuple(g for g in groups if len(g.positions) > 1 or g.method != "tie"),
         gates=tuple(gate for gate in one.gates if gate.position not in away),
     )
     return plan.model_copy(update={"stacks": tuple(stacks)})

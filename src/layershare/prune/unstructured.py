@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from layershare.errors import DataError, ModelError, OptionError, nearest
-from layershare.linear import FACTORS, FactoredLinear, kind_of
+from layershare.linear import FACTORS, AtomLinear, FactoredLinear, kind_of
 from layershare.prune.config import PruneConfig
 from layershare.prune.importance import Batch, Loss, gradients, real_rows, run, wanda
 from layershare.prune.select import lowest, lowest_in_rows, n_of_m, within_energy
@@ -62,6 +62,10 @@ def targets(model: nn.Module, stacks: Sequence[Stack], parts: Sequence[str]) -> 
                 module = model.get_submodule(path)
                 if isinstance(module, nn.Embedding):  # T5's position biases
                     continue
+                if isinstance(module, AtomLinear):
+                    raise ModelError(
+                        f"{path} is mixed of shared atoms: it cannot lose weights.", "Unshare it first."
+                    )
                 leaves = FACTORS if isinstance(module, FactoredLinear) and leaf == "weight" else (leaf,)
                 for one in leaves:
                     if (

@@ -30,6 +30,12 @@ def mark(model: PreTrainedModel, plan: SharingPlan, made: dict | None = None) ->
     model.config.quantization_config = LayershareConfig(plan.to_dict(), made)
 
 
+def remember(model: PreTrainedModel, **made: Any) -> None:
+    """Write beside the plan that ``model`` carries how it was made; a model without a plan is left as it is."""
+    if isinstance(known := getattr(model.config, "quantization_config", None), LayershareConfig):
+        known.made |= made
+
+
 def unmark(model: PreTrainedModel) -> None:
     """Make the config that of an ordinary model."""
     del model.config.quantization_config

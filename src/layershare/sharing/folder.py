@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layershare.errors import OptionError
-from layershare.measure.brief import brief, result_of
+from layershare.errors import OptionError, PlanError
+from layershare.measure.brief import brief, origin, result_of
 from layershare.plan import SharingPlan
 from layershare.presets import FIXED
 from layershare.sharing import make_plan, share
+from layershare.sharing.carry import remember
 from layershare.sharing.convert import Fit
+from layershare.sharing.layout import find
+from layershare.sharing.ranks import d_rank
 from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
@@ -58,18 +61,30 @@ def share_folder(
         raise OptionError("--stream cannot run the model on a calibration file.", "Leave out one of the two.")
     with new_folder(out) as folder:
         original = outline(model) if stream else load_model(model)
-        made = plan_for(find_stacks(original), plan, **options)
-        batches = None
+        batches, told = None, dict[str, Any]()
         if calibration and task is not None:
             kind = get_task(task)
-            found = kind.read(list(calibration), **(reading or {"split": (1.0, 0.0, 0.0)}))
+            how = reading or {"split": (1.0, 0.0, 0.0)}
+            found, seed = kind.read(list(calibration), **how), how.get("seed", 0)
+            notes = [*found.notes, f'Settings: {{"fit": "{fit}"}}']
+            told = {"task": kind, "data": found.describe(), "seed": seed, "notes": notes}
             texts = ALONE if fit == "sequential" else TEXTS
             processor = load_processor(model, kind.processor)
             batches = sample_batches(kind, processor, found, original.config, texts=texts)
+        measured = plan is None and options.get("preset") == "d_rank" and batches is not None
+        made = (
+            d_rank_of(original, options, batches)
+            if measured
+            else plan_for(find_stacks(original), plan, **options)
+        )
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:
             student = share(original, made, calibration=batches, fit=fit)
+            if batches is not None:
+                remember(
+                    student, **origin(model, kind, found, seed, fit=fit, split=list(how.get("split", ())))
+                )
             student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(model, folder)
         made.save(folder / "plan.toml")
@@ -77,8 +92,23 @@ def share_folder(
             [brief("before", original, {}, model), brief("shared", student, {}, folder)],
             source=model,
             plan=made,
+            **told,
         ).save(folder / "result.json")
     return student
+
+
+def d_rank_of(model: Any, options: Mapping[str, Any], batches: Any) -> SharingPlan:
+    """The plan of the preset ``d_rank``, on ``batches``. Raises PlanError for options that it has no use for."""
+    unused = {"merge": "mean", "rank": 0, "unique": None, "parts": None}
+    if wrong := next(
+        (name for name, default in unused.items() if options.get(name, default) != default), None
+    ):
+        raise PlanError(f"preset 'd_rank' takes no {wrong} = {options[wrong]}.", "Give a budget.")
+    if (budget := options.get("budget")) is None or not 0 < budget < 1:
+        raise PlanError("preset 'd_rank' needs a budget.", "Give a fraction of the layer parameters.")
+    stacks = find_stacks(model)
+    chosen = stacks if options.get("stack") is None else (find(stacks, options["stack"]),)
+    return SharingPlan(stacks=tuple(d_rank(model, stack, budget, batches) for stack in chosen))
 
 
 def plan_for(

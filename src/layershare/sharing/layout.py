@@ -29,12 +29,12 @@ class Job:
 
     @property
     def factored(self) -> bool:
-        return self.group.rank > 0
+        return self.group.rank > 0 or self.group.method == "atoms"
 
     @property
     def full_rank(self) -> bool:
         """Whether the factors could hold any matrix."""
-        return self.factored and self.group.rank >= min(self.weight.shape)
+        return self.group.rank > 0 and self.group.rank >= min(self.weight.shape)
 
     @property
     def saves(self) -> bool:
@@ -72,8 +72,8 @@ class Job:
         """The parameters that the modules share: the weight itself, or factors of it."""
         if not self.factored:
             return (self.weight.name.rpartition(".")[2],)
-        if self.group.method == "tie":
-            return ("base",)
+        if self.group.method != "basis":
+            return ("base",) if self.group.method == "tie" else ("atoms",)
         return {"input": ("down",), "output": ("up",), "both": ("down", "up")}[self.group.side]
 
     @property
@@ -86,6 +86,8 @@ class Job:
         """Parameters stored for all the layers of the job."""
         if not self.factored:
             return self.weight.size
+        if self.group.method == "atoms":
+            return self.group.atoms * (self.weight.size + len(self.layers))
         rows, columns = self.weight.shape
         out_features, in_features = (columns, rows) if self.weight.kind == "conv1d" else (rows, columns)
         up, down = out_features * self.group.rank, self.group.rank * in_features
@@ -275,9 +277,10 @@ def _jobs(
             where = [plan.kept[layer] for layer in layers]
             fate = "shared among these" if len(where) > 1 else "it stays private"
             notes.append(f"{weight.name} {list(weight.shape)} stands at positions {where} only: {fate}")
-        if group.rank and not weight.factorable:
-            if group.method == "basis":
-                notes.append(f"{weight.name} is no plain linear map: it has no basis, it stays private")
+        if (group.rank or group.atoms) and not weight.factorable:
+            if group.method != "tie":
+                has = "basis" if group.method == "basis" else "atoms"
+                notes.append(f"{weight.name} is no plain linear map: it has no {has}, it stays private")
                 continue
             notes.append(f"{weight.name} is no plain linear map: tied without a private correction")
             group_without = group.model_copy(update={"rank": 0, "diagonal": False})
@@ -292,7 +295,7 @@ def _jobs(
             notes.append(
                 f"{weight.name} {list(weight.shape)}: factors of rank {group.rank} save nothing, it stays private"
             )
-        elif len(layers) > 1 or group.method == "basis":
+        elif len(layers) > 1 or group.method != "tie":
             yield job
 
 

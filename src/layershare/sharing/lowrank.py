@@ -125,6 +125,41 @@ def geopair(
     return [one.to(weights[0].dtype) for one in split], right.to(weights[0].dtype)
 
 
+def atoms(
+    weights: Sequence[Tensor], count: int, grams: Sequence[Tensor] | None = None, slopes: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """W_l = sum_s mix_ls A_s with ``count`` matrices A_s for all positions (MASA, "matrix atoms": 2508.04581, 2025).
+
+    The best ones are the leading singular directions of the stacked matrices, each matrix one row, in one metric for
+    the group: that of the mean of ``grams`` (in, in), and of the mean of ``slopes`` (out, out), see ``shared_input``;
+    without them the weights' own. Mixes and atoms follow from the eigenvectors U of K_ij = tr(T W_i G W_j^T) alone:
+    mix_ls = U_ls and A_s = sum_l U_ls W_l, so no matrix is taken apart. As many atoms as positions are exact.
+    Returns the atoms (count, out, in) and for each position its mix (count).
+    """
+    dense = torch.stack([weight.double() for weight in weights])
+    seen = dense if grams is None else dense @ torch.stack([gram.double() for gram in grams]).mean(0)
+    if slopes:
+        seen = torch.stack([slope.double() for slope in slopes]).mean(0) @ seen
+    likeness = torch.einsum("ioj,koj->ik", seen, dense)
+    _, vectors = torch.linalg.eigh((likeness + likeness.T) / 2)
+    mixes = vectors.flip(1)[:, :count]  # the largest first
+    made = torch.einsum("ls,loi->soi", mixes, dense)
+    if (lacking := count - mixes.shape[1]) > 0:
+        mixes = torch.cat([mixes, mixes.new_zeros(len(mixes), lacking)], dim=1)
+        made = torch.cat([made, made.new_zeros(lacking, *made.shape[1:])])
+    return made.to(weights[0].dtype), list(mixes.to(weights[0].dtype))
+
+
+def fit_mix(weight: Tensor, atoms: Tensor, gram: Tensor) -> Tensor:
+    """The mix (count) that minimises E|(W - sum_s mix_s A_s) x|^2 for given ``atoms`` (count, out, in)."""
+    dense = atoms.double()
+    seen = dense @ gram.double()
+    inner = torch.einsum("soi,toi->st", seen, dense)
+    return torch.linalg.solve(_damped(inner, 1e-10), torch.einsum("soi,oi->s", seen, weight.double())).to(
+        weight.dtype
+    )
+
+
 def fit_up(weight: Tensor, down: Tensor, gram: Tensor) -> Tensor:
     """The ``up`` (out, rank) that minimises E|(W - up @ down) x|^2 for a given ``down`` (rank, in)."""
     weight_, down_, gram_ = weight.double(), down.double(), gram.double()

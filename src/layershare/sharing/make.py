@@ -14,7 +14,9 @@ from layershare.stacks import Stack, find_stacks
 PlanMerge = Literal["first", "last", "mean", "regmean", "stepwise"]
 # Shared bases, and how each is fitted.
 BASES: dict[str, Literal["svd", "geopair"]] = {"basis": "svd", "geopair": "geopair"}
-SCHEMES = (*presets.PRESETS, "drop", "gated", *BASES)
+# What needs activations, see layershare.sharing.search.
+MEASURED = ("auto", "d_rank")
+SCHEMES = (*presets.PRESETS, "drop", "gated", *BASES, "atoms")
 
 
 def make_plan(
@@ -27,7 +29,7 @@ def make_plan(
     preset: a published scheme (``layershare.presets``), or ``drop`` (keep evenly spaced positions, drop the others),
         ``gated`` (all positions, tied to those that ``drop`` would keep and gated, the others starting at 0),
         ``basis`` (a shared basis over pairs of neighbours, its rank from the budget) or ``geopair`` (the same, each
-        position in the metric of its own activations).
+        position in the metric of its own activations), or ``atoms`` (each matrix a mix of ``unique`` shared ones).
     unique: distinct layers a stack; or budget: the most stored layer parameters, as a fraction (0 < budget < 1) of the
         planned stacks' own, from which ``unique`` (for a basis: ``rank``) is chosen.
     parts: part names or globs; default all weight matrices. stack: names of the stacks to share, default all.
@@ -37,9 +39,14 @@ def make_plan(
 
     Raises :class:`~layershare.errors.PlanError` naming the nearest preset, stack or part, or the least budget possible.
     """
+    if preset in MEASURED:
+        raise PlanError(
+            f"preset {preset!r} is read off the model's activations.",
+            "Give calibration data: share --calibration, compress --scheme, or plan --data.",
+        )
     if preset not in SCHEMES:
         raise PlanError(f"unknown preset {preset!r}.", nearest(preset, SCHEMES))
-    if preset in ("drop", "gated", *BASES) and (merge != "mean" or (rank and preset not in BASES)):
+    if preset in ("drop", "gated", "atoms", *BASES) and (merge != "mean" or (rank and preset not in BASES)):
         raise PlanError(
             f"preset {preset!r} takes no {f'merge {merge!r}' if merge != 'mean' else f'rank {rank}'}."
         )
@@ -84,6 +91,8 @@ def _scheme(
         return lambda unique: drop_to(stack, spread(stack.length, unique))
     if preset == "gated":
         return lambda unique: gated_to(stack, spread(stack.length, unique), parts)
+    if preset == "atoms":
+        return lambda unique: atoms_over(stack, parts, unique)
     if preset in BASES:
         pairs = _assign("adjacent", stack, -(-stack.length // 2))
         return lambda rank: basis_over(stack, pairs, parts, rank, BASES[preset])
@@ -248,3 +257,14 @@ def basis_over(
     groups = (_positions(assignment, unique) for unique in dict.fromkeys(assignment))
     made = tuple(_group(positions=p, parts=parts, method="basis", rank=rank, fit=fit) for p in groups)
     return StackPlan(name=stack.name, length=stack.length, groups=_having(stack, made))
+
+
+def atoms_over(stack: Stack, parts: Sequence[str], atoms: int) -> StackPlan:
+    """Each matrix a mix of ``atoms`` shared ones, over all positions of a kind (MASA, 2508.04581); where there are no
+    more positions than atoms, each keeps its own."""
+    groups = (
+        _group(positions=kind, parts=parts, method="atoms", atoms=atoms)
+        for kind in stack.kinds
+        if len(kind) > atoms
+    )
+    return StackPlan(name=stack.name, length=stack.length, groups=_having(stack, groups))

@@ -15,6 +15,7 @@ from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.layout import predict
 from layershare.sharing.lowrank import effective_rank
+from layershare.sharing.moments import Moments
 from layershare.sharing.statistics import Grams, collect
 from layershare.stacks import Stack, Weight
 
@@ -57,10 +58,11 @@ def fill_budget(stack: Stack, budget: float, units: Sequence[Unit], drop: Sequen
 
 
 def d_rank(
-    model: nn.Module, stack: Stack, budget: float, batches: Iterable[Mapping[str, Any]], *,
+    model: nn.Module, stack: Stack, budget: float, seen: Iterable[Mapping[str, Any]] | Moments, *,
     size: int = 1, drop: Sequence[int] = (),
 ) -> StackPlan:  # fmt: skip
-    """Factors for every matrix of ``stack`` within ``budget``, ranks by the effective rank on ``batches``.
+    """Factors for every matrix of ``stack`` within ``budget``, ranks by the effective rank on what is ``seen``:
+    batches, or the moments measured on them.
 
     size: neighbours that share an input side (1: nothing is shared). Only maps at least as wide as their inputs share
     it: grouped-query keys and values, and the second map of a feed-forward block, are slim, and lose rank when stacked
@@ -68,7 +70,10 @@ def d_rank(
     """
     kept = [position for position in range(stack.length) if position not in drop]
     names = {f"{stack.name}.{p}.{w.name}" for p in kept for w in stack.layers[p] if w.factorable}
-    grams = collect(model, sorted(name.rpartition(".")[0] for name in names), batches)
+    if isinstance(seen, Moments):
+        grams = seen.inputs
+    else:
+        grams = collect(model, sorted(name.rpartition(".")[0] for name in names), seen)
     runs = [kept[start : start + size] for start in range(0, len(kept), size)]
     units = [unit for run in runs for unit in _units(model, stack, run, grams)]
     return fill_budget(stack, budget, units, drop)

@@ -21,6 +21,7 @@ from layershare.sharing.layout import predict
 from layershare.sharing.lowrank import root
 from layershare.sharing.make import drop_to, spread
 from layershare.sharing.moments import Moments
+from layershare.sharing.ranks import d_rank
 from layershare.stacks import Stack, Weight
 
 Change = Callable[[PreTrainedModel], float]
@@ -203,4 +204,22 @@ def drop_only(
     return SharingPlan(stacks=tuple(drop_to(stack, positions) for stack, positions in kept.items()))
 
 
-SEARCHED: dict[str, Callable[..., SharingPlan]] = {"auto": automatic, "drop": drop_only}
+def by_effective_rank(
+    model: PreTrainedModel,
+    stacks: Sequence[Stack],
+    budget: float,
+    change: Change,  # noqa: ARG001
+    measured: Callable[[], Moments],
+) -> SharingPlan:
+    """``d_rank``: every position its own factors, ranks by effective rank (:mod:`~layershare.sharing.ranks`)."""
+    moments = measured()
+    return SharingPlan(
+        stacks=tuple(d_rank(model, stack, budget, moments) for stack in stacks if not stack.tied)
+    )
+
+
+SEARCHED: dict[str, Callable[..., SharingPlan]] = {
+    "auto": automatic,
+    "drop": drop_only,
+    "d_rank": by_effective_rank,
+}

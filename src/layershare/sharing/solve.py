@@ -65,6 +65,11 @@ def solve_one(
     if group.method == "basis" and group.side == "output":
         up, downs = lowrank.shared_output(aims, group.rank, seen, slopes)
         return {owners[0]: up} | {f"{m}.down": down for m, down in zip(job.modules, downs, strict=True)}
+    if group.method == "atoms":
+        atoms, mixes = lowrank.atoms(aims, group.atoms, seen, slopes)
+        return {owners[0]: atoms.flatten(0, 1)} | {
+            f"{m}.mix": mix for m, mix in zip(job.modules, mixes, strict=True)
+        }
     merged = _merge(job, given, aims, grams)
     if not job.factored:
         return {owners[0]: merged.T if job.weight.kind == "conv1d" else merged}
@@ -98,6 +103,8 @@ def refit(
     What is shared stays as it is in ``values``.
     """
     module, shared = job.modules[index], {names[0].rpartition(".")[2]: values[names[0]] for names in job.ties}
+    if "atoms" in shared:
+        return {f"{module}.mix": lowrank.fit_mix(aim, shared["atoms"].view(-1, *aim.shape), gram)}
     if "base" in shared:
         return _correction(job, module, aim - shared["base"], gram, slope)
     if "down" in shared:
@@ -117,6 +124,11 @@ def dense_values(job: Job, values: Mapping[str, Tensor]) -> list[Tensor]:
         return [values[job.ties[0][0]]] * len(job.layers)
     made = []
     for module in job.modules:
+        if (atoms := get(module, "atoms")) is not None:
+            mix = get(module, "mix")
+            assert mix is not None
+            made.append(torch.einsum("s,soi->oi", mix, atoms.unflatten(0, (len(mix), -1))))
+            continue
         up, down, base, diagonal = (get(module, leaf) for leaf in ("up", "down", "base", "diagonal"))
         assert up is not None
         assert down is not None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershare.errors import ModelError, TieError
-from layershare.linear import GATE, FactoredLinear
+from layershare.linear import GATE, AtomLinear, FactoredLinear
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import plan_of
 from layershare.sharing.embedding import install_tables, lost_tables, remove_tables, tables_of
@@ -73,13 +73,14 @@ def install(model: nn.Module, layout: Layout) -> None:
     for job in layout.jobs:
         if job.factored:
             for name in job.modules:
-                base = job.group.method == "tie"
-                model.set_submodule(
-                    name,
-                    FactoredLinear.standing_for(
-                        model.get_submodule(name), job.group.rank, base=base, diagonal=job.group.diagonal
-                    ),
-                )
+                old, group = model.get_submodule(name), job.group
+                if group.method == "atoms":
+                    new: nn.Module = AtomLinear.standing_for(old, group.atoms, base=False)
+                else:
+                    new = FactoredLinear.standing_for(
+                        old, group.rank, base=group.method == "tie", diagonal=group.diagonal
+                    )
+                model.set_submodule(name, new)
     for name, gate in layout.gates:
         add_gate(model.get_submodule(name), gate.value)
     install_tables(model, layout.tables)
