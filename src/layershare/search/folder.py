@@ -20,7 +20,7 @@ from layershare.search.budget import for_layers
 from layershare.search.setting import Setting, task_for
 from layershare.search.within import best_of, name_of, need_optuna, row_of, trials_of
 from layershare.stacks import find_stacks
-from layershare.store.open import load_tokenizer, local_folder, sketch
+from layershare.store.open import load_processor, local_folder, sketch
 from layershare.tasks import get_task
 
 RECORD = "search.json"
@@ -66,8 +66,8 @@ def search(
     folder, outline = local_folder(model), sketch(model)
     find_stacks(outline)
     for_layers(outline, budget)
-    load_tokenizer(folder)
     kind = get_task(task or task_for(outline.config), task_settings, skip_bad=skip_bad)
+    load_processor(folder, kind.processor)
     setting = Setting(
         folder, kind.name, dict(kind.settings), skip_bad, tuple(map(Path, data)),
         () if validation is None else (Path(validation),), columns, budget, seed,

@@ -11,7 +11,7 @@ from layershare import stages
 from layershare.errors import OptionError
 from layershare.search.bench import Bench, bench_of
 from layershare.sharing.moments import measure
-from layershare.store.open import load_model, load_tokenizer
+from layershare.store.open import load_model, load_processor
 from layershare.tasks import Data, Task, get_task
 from layershare.tasks.answers import answer_of
 
@@ -86,7 +86,10 @@ class Setting:
         if self.threads:
             torch.set_num_threads(self.threads)
         kind = self.kind
-        model, tokenizer = load_model(self.folder, kind.auto_class), load_tokenizer(self.folder)
+        model, tokenizer = (
+            load_model(self.folder, kind.auto_class),
+            load_processor(self.folder, kind.processor),
+        )
         kind.check(data, model.config)
         return bench_of(
             kind, model, tokenizer, data,
