@@ -200,6 +200,8 @@ def command(options: argparse.Namespace) -> str:
         words += ["--steps", str(options.steps), "--batch-size", str(options.batch_size)]
     words += ["--budgets", *(f"{budget:g}" for budget in options.budgets)]
     words += ["--seeds", *map(str, options.seeds)]
+    if options.sides:
+        words += ["--sides", *(f'"{side}"' for side in options.sides)]
     return " ".join(words)
 
 

@@ -79,8 +79,8 @@ def _default(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
 def _slopes(answer: Tensor, logits: bool, draw: torch.Generator, probes: int) -> Iterator[Tensor]:
     """Gradients at the answer, whose squares downstream are in expectation the second-order change of the answer.
 
-    Of logits it is that of the log-probability of a drawn label, written down: over a vocabulary, autograd and
-    ``multinomial`` cost more than the model.
+    Of logits it is that of the log-probability of a drawn label, written down: softmax and its sums are computed once
+    for all probes, and nothing as wide as a vocabulary waits in a graph.
     """
     if not logits:
         for _ in range(probes):
