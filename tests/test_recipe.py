@@ -251,8 +251,8 @@ SHORT = {
         "distilled.steps=3", "distilled.max_length=16",
     ],
     "classification": [
-        "teacher.steps=4", "teacher.max_length=16", "shared.unique=3", "basis.budget=0.6",
-        *(f"{name}-distilled.steps=2" for name in ("shared", "basis", "dropped", "cut")),
+        "teacher.steps=4", "teacher.max_length=16", "gated.unique=3", "basis.budget=0.6",
+        *(f"{name}-distilled.steps=2" for name in ("basis", "gated", "dropped")),
     ],
 }  # fmt: skip
 

@@ -270,7 +270,7 @@ def test_checkpoints_of_another_run_are_refused(tiny, dataset, collate, tmp_path
         "labels": "the labels differ",
         "teacher": "the teacher differs",
         "config": "learning_rate was 0.01, now 0.5",
-        "data": "the texts differ",
+        "data": "the inputs differ",
         "model": "the model to train",
     }
     with pytest.raises(TrainingError, match=f"of another run: {message[change]}.*resume=False"):
@@ -316,7 +316,7 @@ def test_weights_that_are_not_numbers_are_never_saved(tiny, dataset, collate, tm
 
 
 def test_nothing_to_train(tiny, dataset, collate, tmp_path):
-    with pytest.raises(TrainingError, match="no text"):
+    with pytest.raises(TrainingError, match="nothing to train on"):
         train(tiny("bert"), dataset.select([]), collate, to_one, CONFIG, tmp_path)
     with pytest.raises(TrainingError, match="trainable"):
         train(tiny("bert").requires_grad_(False), dataset, collate, to_one, CONFIG, tmp_path)
