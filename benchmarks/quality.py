@@ -168,15 +168,15 @@ def healing(options: argparse.Namespace) -> dict[str, int]:
 
 
 def commit() -> str:
-    """What the code was, with a + where it had changes."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
+    """What the code was, with a + where it had changes; the rows themselves do not count."""
+    name, changes = (
+        subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (
+            ["rev-parse", "--short", "HEAD"],
+            ["status", "--porcelain", "--", ":/src", ":/benchmarks", ":(exclude,top)*.jsonl"],
+        )
     )
-    return found.stdout.strip() or "unknown"
+    return f"{name or 'unknown'}{'+' if changes else ''}"
 
 
 def title(options: argparse.Namespace) -> str:
