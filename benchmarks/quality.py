@@ -142,7 +142,7 @@ def judged(
         "bytes": 0 if made.stored else bytes_of(made.model) + made.base_bytes,
         "wall": round(wall),
         "cpu": round(cpu),
-        "commit": commit(),
+        "commit": COMMIT,
     }
 
 
@@ -177,6 +177,10 @@ def commit() -> str:
         )
     )
     return f"{name or 'unknown'}{'+' if changes else ''}"
+
+
+COMMIT = commit()
+"""As the code was when it was loaded: it may change under a long run."""
 
 
 def title(options: argparse.Namespace) -> str:
