@@ -142,7 +142,7 @@ def judged(
         "bytes": 0 if made.stored else bytes_of(made.model) + made.base_bytes,
         "wall": round(wall),
         "cpu": round(cpu),
-        "commit": commit(),
+        "commit": COMMIT,
     }
 
 
@@ -168,15 +168,19 @@ def healing(options: argparse.Namespace) -> dict[str, int]:
 
 
 def commit() -> str:
-    """What the code was, with a + where it had changes."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
+    """What the code was, with a + where it had changes; the rows themselves do not count."""
+    name, changes = (
+        subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (
+            ["rev-parse", "--short", "HEAD"],
+            ["status", "--porcelain", "--", ":/src", ":/benchmarks", ":(exclude,top)*.jsonl"],
+        )
     )
-    return found.stdout.strip() or "unknown"
+    return f"{name or 'unknown'}{'+' if changes else ''}"
+
+
+COMMIT = commit()
+"""As the code was when it was loaded: it may change under a long run."""
 
 
 def title(options: argparse.Namespace) -> str:
