@@ -35,8 +35,6 @@ SLACK = 1.02
 """Most bytes of initialisers, as a multiple of the model's unique bytes; small constants of the graph come on top."""
 OPSET = 23
 """The first that has attention, rotary embeddings and root mean square norms as single operators: half the nodes."""
-PLAIN = 20
-"""Has none of them."""
 TOLERANCE = 1e-3
 """Most difference of float outputs, relative to the largest output."""
 BEYOND_GREEDY = ("forced_bos_token_id", "bad_words_ids", "suppress_tokens")
@@ -105,6 +103,7 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
         graphs = {program.name: trace(program) for program in parts}
         for made in graphs.values():
             graph.tidy(made)
+            graph.spread_angles(made)
         unique = _unique_bytes(model) + (0 if early is None else count(early.heads).bytes_unique)
         _refuse_copies(graph.stored(graphs.values(), graph.MATRIX), unique)
         if int8:
@@ -144,35 +143,16 @@ def trace(program: Program) -> "ir.Model":
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     module: Any = program.module  # no PreTrainedModel, which the exporter does not need
-    axes, example = _dynamic(program.axes), dict(program.example)
+    config = OnnxConfig(dynamic_shapes=_dynamic(program.axes), opset_version=OPSET)
     try:
         with _quiet():
-            made = OnnxExporter().export_program(
-                module, example, OnnxConfig(dynamic_shapes=axes, opset_version=OPSET)
-            )[0]
-            if not _one_row_of_angles(made):
-                return made
-            return OnnxExporter().export_program(
-                module, example, OnnxConfig(dynamic_shapes=axes, opset_version=PLAIN)
-            )[0]
+            return OnnxExporter().export_program(module, dict(program.example), config)[0]
     except LayershareError:
         raise
     except Exception as error:  # anything may come out of a tracer
         reason = " ".join(str(error).split())[:200]
         name = type(module.model).__name__
         raise ModelError(f"{name} cannot be exported to ONNX ({type(error).__name__}: {reason}).") from error
-
-
-def _one_row_of_angles(made: "ir.Model") -> bool:
-    """Whether positions are numbered once for a whole batch: ONNX Runtime wants them for each text."""
-    turned: list[Any] = [node for node in made.graph if node.op_type == "RotaryEmbedding"]
-    return any(
-        _rows(node.inputs[1]) is None or _rows(node.inputs[1]) != _rows(node.inputs[0]) for node in turned
-    )
-
-
-def _rows(value: Any) -> str | None:
-    return None if not value.shape else str(value.shape[0])
 
 
 def _dynamic(axes: Any) -> Any:
