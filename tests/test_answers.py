@@ -18,7 +18,7 @@ from layershare.heal.teacher import Target
 from layershare.prune.config import PruneConfig
 from layershare.prune.folder import prune_folder
 from layershare.tasks import get_task
-from layershare.tasks.classification import METRICS
+from layershare.tasks.scores import METRICS
 from layershare.tasks.task import Outputs
 from layershare.tasks.token_classification import entities, entity_scores, pieces
 

@@ -264,7 +264,12 @@ def test_the_command_explains_its_choice(done, run, bert_folder, few):  # noqa: 
 
 @pytest.mark.parametrize(
     ("extra", "words"),
-    [(("--rank", 4), "--rank does not go with --data"), ((), "needs --out"), (("-o", "x"), "needs --budget")],
+    [
+        (("--rank", 4), "--rank does not go with --data"),
+        (("--kv",), "--kv does not go with --data"),
+        ((), "needs --out"),
+        (("-o", "x"), "needs --budget"),
+    ],
 )
 def test_options_that_do_not_go_together(run, bert_folder, few, extra, words):  # noqa: F811
     budget = () if "-o" in extra else ("--budget", 0.5)

@@ -1,6 +1,5 @@
 """How a plan is shown: drawn and priced, or as what a search found."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from layershare.errors import OptionError
 def drawn(stacks: Any, plan: Any, out: Path | None) -> Shown:
     """The plan and what it stores; saved where ``out`` says."""
     from layershare import predict
-    from layershare.sharing.layout import remarks
+    from layershare.sharing.price import remarks
 
     cost, notes = predict(stacks, plan), remarks(stacks, plan)
     if out is not None:
@@ -30,11 +29,11 @@ def price(cost: Any) -> str:
     )
 
 
-def refuse(options: Mapping[str, Any]) -> None:
+def refuse(**options: Any) -> None:
     """Raise OptionError where an option is given that a search has no use for."""
     if given := next((name for name, value in options.items() if value), None):
         raise OptionError(
-            f"{given} does not go with --data, which searches the plan.", "Leave out one of the two."
+            f"--{given} does not go with --data, which searches the plan.", "Leave out one of the two."
         )
 
 

@@ -18,7 +18,7 @@ def plan(
 ) -> Shown:  # fmt: skip
     """Show what would be shared, and what that stores. With --data: search the plan that changes the answers least."""
     if data:
-        refuse({"--plan": plan, "--unique": unique, "--parts": parts, "--stack": stack, "--rank": rank})
+        refuse(plan=plan, unique=unique, parts=parts, stack=stack, rank=rank, kv=kv)
         return searched(
             model, out, budget, data, task=task, task_settings=values(task_set, "--task-set"), validation=validation,
             columns=columns(column), skip_bad=skip_bad, seed=seed, trials=trials, jobs=jobs, storage=storage,

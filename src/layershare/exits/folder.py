@@ -22,8 +22,9 @@ from layershare.result import Latency, Result, write_atomic
 from layershare.sharing import plan_of
 from layershare.store.open import copy_preprocessing, load_model, load_tokenizer, new_folder
 from layershare.tasks import Data, Task, get_task
-from layershare.tasks.classification import METRICS, truth
+from layershare.tasks.classification import truth
 from layershare.tasks.encoding import batches, encode, usable_length
+from layershare.tasks.scores import METRICS
 
 PICTURE, METRIC = "exits.svg", "accuracy"
 

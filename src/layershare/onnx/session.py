@@ -8,7 +8,7 @@ from typing import Any
 from layershare.errors import DependencyError, StoreError
 
 SLOW = ["SkipLayerNormFusion"]
-"""Optimisers of ONNX Runtime that are left out: on the CPU its fused operator takes twice the time of its two parts."""
+"""Optimisers of ONNX Runtime that are left out: on the CPU its fused operator takes longer than its parts."""
 
 
 def open_session(file: Path, threads: int | None = None) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 from layershare.errors import PlanError
 from layershare.plan import SharingPlan, Table
 from layershare.sharing.embedding import main_table, tables_of
-from layershare.sharing.layout import predict
+from layershare.sharing.price import predict
 from layershare.sharing.whole import WIDTHS, model_bytes
 from layershare.stacks import find_stacks
 

@@ -11,7 +11,8 @@ from layershare.plan import Gate, Group, SharingPlan, StackPlan
 from layershare.search.fitting import Fitted
 from layershare.search.space import GROUPINGS, Choice, Space
 from layershare.sharing.allocate import Spectrum, allocate
-from layershare.sharing.layout import Job, predict
+from layershare.sharing.layout import Job
+from layershare.sharing.price import predict
 from layershare.sharing.search import Place
 from layershare.stacks import Stack, Weight
 

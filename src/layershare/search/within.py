@@ -11,7 +11,7 @@ from layershare.plan import SharingPlan
 from layershare.result import write_atomic
 from layershare.search.beginning import Beginning
 from layershare.search.bench import Bench
-from layershare.sharing.layout import predict
+from layershare.sharing.price import predict
 from layershare.sharing.whole import model_bytes
 from layershare.stacks import Stack
 

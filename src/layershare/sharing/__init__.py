@@ -5,8 +5,9 @@ import transformers.modeling_utils  # noqa: F401
 
 from layershare.sharing.carry import plan_of
 from layershare.sharing.convert import share, unshare
-from layershare.sharing.layout import Layout, Prediction, predict, resolve
+from layershare.sharing.layout import Layout, resolve
 from layershare.sharing.make import make_plan
+from layershare.sharing.price import Prediction, predict
 from layershare.sharing.tie import Account, Counts, count, retie, verify
 
 __all__ = [

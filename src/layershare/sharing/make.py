@@ -8,7 +8,8 @@ from torch import nn
 from layershare import presets
 from layershare.errors import PlanError, nearest
 from layershare.plan import Gate, Group, SharingPlan, StackPlan
-from layershare.sharing.layout import factors, find, matches, predict
+from layershare.sharing.layout import factors, find, matches
+from layershare.sharing.price import predict
 from layershare.stacks import Stack, find_stacks
 
 PlanMerge = Literal["first", "last", "mean", "regmean", "stepwise"]

@@ -13,9 +13,9 @@ from torch import nn
 
 from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
-from layershare.sharing.layout import predict
 from layershare.sharing.lowrank import effective_rank
 from layershare.sharing.moments import Moments
+from layershare.sharing.price import predict
 from layershare.sharing.statistics import Grams, collect
 from layershare.stacks import Stack, Weight
 

@@ -17,10 +17,10 @@ from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.allocate import Spectrum, allocate
 from layershare.sharing.gate import add_gate, remove_gate
-from layershare.sharing.layout import predict
 from layershare.sharing.lowrank import root
 from layershare.sharing.make import drop_to, spread
 from layershare.sharing.moments import Moments
+from layershare.sharing.price import predict
 from layershare.sharing.ranks import d_rank
 from layershare.stacks import Stack, Weight
 

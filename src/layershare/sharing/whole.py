@@ -9,7 +9,7 @@ from layershare.errors import ModelError, PlanError
 from layershare.plan import SharingPlan, Table
 from layershare.sharing.convert import Fit, share
 from layershare.sharing.embedding import main_table, tables_of
-from layershare.sharing.layout import predict
+from layershare.sharing.price import predict
 from layershare.sharing.tie import count
 from layershare.stacks import find_stacks
 

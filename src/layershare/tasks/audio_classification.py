@@ -9,7 +9,7 @@ from pydantic import Field
 from layershare.config import Config
 from layershare.tasks import classification, sound
 from layershare.tasks.classification import answers, forward, head, metric_of
-from layershare.tasks.task import Data, Paths, Task
+from layershare.tasks.task import Data, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,25 +21,16 @@ class Settings(Config):
     seconds: float = Field(10.0, gt=0, description="Longer sounds are cut to this many seconds.")
 
 
-def read(
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read sounds, a table with a column of paths or a folder ``LABEL/SOUND``, with their labels.
-
-    See :class:`~layershare.tasks.task.Task`. Every sound is opened once, and kept nowhere.
-    """
-    return classification.read_answers(
-        paths, candidates=sound.COLUMNS, optional=frozenset({"labels", "score"}), beside={"audio": sound.sound},
-        folders=sound.folders, columns=columns, test=test, validation=validation, split=split, seed=seed,
-        skip_bad=skip_bad,
-    )  # fmt: skip
+OPTIONAL = frozenset({"labels", "score"})
+read = partial(
+    classification.read_answers,
+    candidates=sound.COLUMNS,
+    optional=OPTIONAL,
+    beside={"audio": sound.sound},
+    folders=sound.folders,
+)
+"""Reads sounds with their labels: a table with a column of paths, or a folder ``LABEL/SOUND``. Every sound is opened
+once, and kept nowhere."""
 
 
 def texts(data: Data) -> list[str]:  # noqa: ARG001 - as for every task
@@ -76,7 +67,7 @@ def configure(values: Mapping[str, Any]) -> Task:
         metric="accuracy",
         higher_is_better=True,
         columns=sound.COLUMNS | classification.COLUMNS,
-        optional=frozenset({"labels", "score"}),
+        optional=OPTIONAL,
         read=read,
         encode=encode,
         texts=texts,

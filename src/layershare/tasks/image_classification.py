@@ -1,35 +1,26 @@
 """Image classification: one label an image, several, or a number, see :mod:`layershare.tasks.classification`."""
 
-from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layershare.tasks import classification, vision
 from layershare.tasks.classification import answers, forward, head, metric_of
-from layershare.tasks.task import Data, Paths, Task
+from layershare.tasks.task import Data, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def read(
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read images, a table with a column of paths or a folder ``LABEL/IMAGE``, with their labels.
-
-    See :class:`~layershare.tasks.task.Task`. Every image is opened once, and kept nowhere.
-    """
-    return classification.read_answers(
-        paths, candidates=vision.COLUMNS, optional=TASK.optional, beside={"image": vision.image},
-        folders=vision.folders, columns=columns, test=test, validation=validation, split=split, seed=seed,
-        skip_bad=skip_bad,
-    )  # fmt: skip
+OPTIONAL = frozenset({"labels", "score"})
+read = partial(
+    classification.read_answers,
+    candidates=vision.COLUMNS,
+    optional=OPTIONAL,
+    beside={"image": vision.image},
+    folders=vision.folders,
+)
+"""Reads images with their labels: a table with a column of paths, or a folder ``LABEL/IMAGE``. Every image is opened
+once, and kept nowhere."""
 
 
 def encode(
@@ -69,7 +60,7 @@ TASK = Task(
     metric="accuracy",
     higher_is_better=True,
     columns=vision.COLUMNS | classification.COLUMNS,
-    optional=frozenset({"labels", "score"}),
+    optional=OPTIONAL,
     read=read,
     encode=encode,
     texts=texts,

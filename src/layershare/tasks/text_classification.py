@@ -1,14 +1,15 @@
 """Text classification: one label a text (or text pair), several, or a number; see
 :mod:`layershare.tasks.classification`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layershare.tasks import classification
 from layershare.tasks.classification import answers, forward, head, metric_of
 from layershare.tasks.encoding import encode, usable_length
 from layershare.tasks.files import text
-from layershare.tasks.task import Data, Paths, Task
+from layershare.tasks.task import Data, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,24 +20,14 @@ TEXTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def read(
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read texts with their labels, as :func:`~layershare.tasks.classification.read_answers` does.
-
-    See :class:`~layershare.tasks.task.Task`. Labels stay names here; a model's config turns them into ids.
-    """
-    return classification.read_answers(
-        paths, candidates=TEXTS, optional=TASK.optional, convert={"text": text, "text_pair": text}, columns=columns,
-        test=test, validation=validation, split=split, seed=seed, skip_bad=skip_bad,
-    )  # fmt: skip
+OPTIONAL = frozenset({"text_pair", "labels", "score"})
+read = partial(
+    classification.read_answers,
+    candidates=TEXTS,
+    optional=OPTIONAL,
+    convert={"text": text, "text_pair": text},
+)
+"""Reads texts with their labels. Labels stay names here; a model's config turns them into ids."""
 
 
 def texts(data: Data) -> list[str]:
@@ -90,7 +81,7 @@ TASK = Task(
     metric="accuracy",
     higher_is_better=True,
     columns=TEXTS | classification.COLUMNS,
-    optional=frozenset({"text_pair", "labels", "score"}),
+    optional=OPTIONAL,
     read=read,
     encode=encode_rows,
     texts=texts,
