@@ -170,7 +170,10 @@ def _step(model: PreTrainedModel, inputs: Inputs) -> str | None:
 @torch.no_grad()
 def _tokens(model: PreTrainedModel, inputs: Inputs, beams: int, cache: bool) -> Tensor:
     torch.manual_seed(0)
-    given = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    given = {
+        name: value.clone() if isinstance(value, Tensor) else value  # some write into them (BLIP)
+        for name, value in inputs.items() if not name.startswith("decoder_")
+    }  # fmt: skip
     return model.generate(  # type: ignore[operator]
         **given, max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=beams, use_cache=cache
     )
