@@ -37,7 +37,10 @@ def ours(subject: Subject, budget: float) -> Made:
     plan = SEARCHED["auto"](
         subject.teacher, subject.stacks, budget, subject.change(), lambda: subject.moments
     )
-    return Made(layershare.share(subject.teacher, plan, calibration=subject.moments), plan)
+    student = layershare.share(
+        subject.teacher, plan, calibration=subject.calibration, fit="sequential", known=subject.moments
+    )
+    return Made(student, plan)
 
 
 def fewer_layers(subject: Subject, budget: float) -> Made:
