@@ -75,6 +75,21 @@ class DistillConfig(TrainConfig):
         description="Share of the steps, at the start, in which each layer reads the teacher's hidden states, so that "
         "it learns by itself.",
     )
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="Which weights: the best by the task's metric on the validation split, those it begins with among "
+        "them, or the last. Without such a split: the last.",
+    )
+    judge_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between judgements on the validation split; 0: before and at the end only.",
+    )
+    judge_rows: int = Field(
+        512,
+        ge=0,
+        description="Choose on at most so many rows of the validation split, evenly spread; 0: all.",
+    )
     train_embeddings: bool = Field(False, description="Whether embedding tables are trained too.")
     cache_mb: int = Field(
         4096,
