@@ -37,7 +37,12 @@ class DistillConfig(TrainConfig):
     model_config = ConfigDict(allow_inf_nan=False)
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
-    learning_rate: float = Field(1.5e-3, gt=0, description="Peak of the learning rate (AdamW).")
+    learning_rate: float = Field(
+        1.5e-3,
+        gt=0,
+        description="Peak of the learning rate (AdamW). Lower, as 1e-4, where a pretrained model knows more than the "
+        "training texts show, and the steps are few.",
+    )
     # In some hundred steps 0.999 would remember the warm-up to the end.
     adam_beta2: float = Field(0.98, gt=0, lt=1, description="Memory of squared gradients (AdamW).")
     max_length: int = Field(128, ge=4, description="Longer training texts are cut to this many tokens.")
