@@ -42,7 +42,7 @@ def settle(best: Best, student: Any, config: DistillConfig) -> int:
     return best.step
 
 
-def told(history: Sequence[Mapping[str, float]], config: DistillConfig) -> list[str]:
+def kept_notes(history: Sequence[Mapping[str, float]], config: DistillConfig) -> list[str]:
     """A sentence for the user about which weights were kept, where they are not the last."""
     step = history[-1].get("kept_step", config.steps) if history else config.steps
     if step == config.steps:
