@@ -52,7 +52,12 @@ def encoded(tokenizer, data):
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
+def labelled(labelled_file):
+    return CLASSIFICATION.read(labelled_file)
+
+
+@pytest.fixture(scope="module")
+def labelled_file(tmp_path_factory):
     words = "cat dog man woman bird sits runs plays".split()  # noqa: SIM905
     rows = [
         {"text": f"{a} {b} {c}", "label": ["no", "yes"][i < 4]}
@@ -62,7 +67,7 @@ def labelled(tmp_path_factory):
     ]
     file = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return CLASSIFICATION.read(file)
+    return file
 
 
 def language_model(name, tiny, seed):

@@ -15,6 +15,7 @@ from typing import Any
 from layershare import __version__, report, stages
 from layershare.errors import OptionError
 from layershare.heal.callbacks import tell
+from layershare.heal.choose import kept_notes
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
@@ -207,6 +208,8 @@ class _Job:
                 student, self.teacher, tokenizer, self.kind, self.data, self.config, folder,
                 layer_map=layer_map(plan, student),
             )  # fmt: skip
+        for line in kept_notes(history, self.config):
+            self.say(line)
         student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(self.folder, folder)
         return seconds, history
@@ -234,7 +237,7 @@ def _measured(job: _Job, made: Mapping[str, Path], out: Path) -> Result:
         figures, source=job.model, task=job.kind, metric=job.kind.metric_of(held_out(job.data)),
         data=job.data.describe() | {"stages": key},  # what was measured, so that a second run knows it
         seed=job.seed, settings=job.config, plan=plan, history=first.get("history", []), seconds=seconds,
-        notes=job.data.notes,
+        notes=[*job.data.notes, *kept_notes(first.get("history", []), job.config)],
     )  # fmt: skip
     result.save(out / "result.json")
     report.write(out)

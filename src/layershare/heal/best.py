@@ -1,4 +1,5 @@
-"""Early stopping, and the best weights kept. For ``finetune``; passed to :func:`layershare.train.train`."""
+"""Early stopping, and the best weights kept. For ``finetune`` and ``distill``; passed to
+:func:`layershare.train.train`."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ class Best(TrainerCallback):
         higher_is_better: its sense.
         every: steps between judgements; there is one at the end as well.
         patience: stop after so many judgements in a row without a better one; 0 never stops.
+        start: the figures of the weights that training begins with; then they are the best until others are as good.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Best(TrainerCallback):
         higher_is_better: bool,
         every: int,
         patience: int,
+        start: Mapping[str, float] | None = None,
     ) -> None:
         self._judge = judge
         self._key = f"validation_{metric}"
@@ -43,6 +46,9 @@ class Best(TrainerCallback):
         self._folder = Path()
         self.figure, self.step, self.misses = -float("inf"), 0, 0
         self.last = 0
+        self._from_start = start is not None
+        if start is not None:
+            self.figure = self._sign * start[metric]
 
     @property
     def value(self) -> float:
@@ -54,8 +60,14 @@ class Best(TrainerCallback):
         """Whether patience has run out."""
         return 0 < self._patience <= self.misses
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def beaten_by(self, model: Any) -> bool:
+        """Whether a model is better than the best weights."""
+        return self._sign * self._judge(model)[self._key.removeprefix("validation_")] > self.figure
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._folder = Path(args.output_dir)
+        if self._from_start and state.global_step == 0 and state.is_world_process_zero:
+            self._write(model)
         for log in state.log_history:
             if self._key in log:
                 self._count(log[self._key], log["step"])
@@ -79,9 +91,7 @@ class Best(TrainerCallback):
                 self._count(state.log_history[-1][self._key], state.global_step)
                 and state.is_world_process_zero
             ):
-                part = self._file.with_suffix(".part")
-                save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, part)
-                os.replace(part, self._file)
+                self._write(model)
             control.should_training_stop = control.should_training_stop or self.stopped
         return control
 
@@ -105,9 +115,15 @@ class Best(TrainerCallback):
     def _file(self) -> Path:
         return self._folder / f"best-{self.step}.safetensors"
 
+    def _write(self, model: nn.Module) -> None:
+        part = self._file.with_suffix(".part")
+        save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, part)
+        os.replace(part, self._file)
+
     def _count(self, figure: float, step: int) -> bool:
         self.last = step
-        if better := self._sign * figure > self.figure:
+        as_good = self._from_start and self.step == 0 and self._sign * figure == self.figure
+        if better := self._sign * figure > self.figure or as_good:
             self.figure, self.step, self.misses = self._sign * figure, step, 0
         else:
             self.misses += 1

@@ -37,7 +37,12 @@ class DistillConfig(TrainConfig):
     model_config = ConfigDict(allow_inf_nan=False)
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
-    learning_rate: float = Field(1.5e-3, gt=0, description="Peak of the learning rate (AdamW).")
+    learning_rate: float = Field(
+        1.5e-3,
+        gt=0,
+        description="Peak of the learning rate (AdamW). Lower, as 1e-4, where a pretrained model knows more than the "
+        "training texts show, and the steps are few.",
+    )
     # In some hundred steps 0.999 would remember the warm-up to the end.
     adam_beta2: float = Field(0.98, gt=0, lt=1, description="Memory of squared gradients (AdamW).")
     max_length: int = Field(128, ge=4, description="Longer training texts are cut to this many tokens.")
@@ -74,6 +79,21 @@ class DistillConfig(TrainConfig):
         le=1,
         description="Share of the steps, at the start, in which each layer reads the teacher's hidden states, so that "
         "it learns by itself.",
+    )
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="Which weights: the best by the task's metric on the validation split, those it begins with among "
+        "them, or the last. Without such a split: the last.",
+    )
+    judge_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between judgements on the validation split; 0: before and at the end only.",
+    )
+    judge_rows: int = Field(
+        512,
+        ge=0,
+        description="Choose on at most so many rows of the validation split, evenly spread; 0: all.",
     )
     train_embeddings: bool = Field(False, description="Whether embedding tables are trained too.")
     cache_mb: int = Field(

@@ -12,6 +12,7 @@ from layershare.errors import OptionError
 from layershare.heal import losses
 from layershare.heal.cache import TeacherOutputs, model_hash
 from layershare.heal.callbacks import tell
+from layershare.heal.choose import choose, settle
 from layershare.heal.collator import Collator
 from layershare.heal.config import DistillConfig, LossWeights
 from layershare.heal.disk import megabytes
@@ -62,6 +63,11 @@ def distill(
     unless texts are augmented. In memory, that is done where it saves work and fits ``config.cache_mb``; in the folder
     ``cache`` it is always done, for all texts, and every later run with this teacher and these texts reads it from
     there, whatever its student, seed or loss.
+
+    Where there is a validation split, the student is judged on it before and afterwards (``config.judge_every``: in
+    between too), and is left with the weights that were best by the task's metric: healing that makes it worse is
+    undone. The history has the figures as ``validation_...``, and in its last entry ``kept_step``, 0 for the weights it
+    began with.
 
     Args:
         student, teacher: models of the task's kind with one vocabulary; depth and hidden size may differ. Where the
@@ -131,10 +137,14 @@ def distill(
                 terms["relation"] = weights["relation"] * torch.stack(each).mean()
             return terms
 
-        return train(
+        best = choose(student, teacher, tokenizer, task, data, config)
+        history = train(
             student, dataset, collator, compute_loss, config, out, resume=resume, quiet=quiet, lengths=long,
-            made_of=made_of,
+            made_of=made_of, callbacks=[best] if best else [],
         )  # fmt: skip
+        if best:
+            history[-1]["kept_step"] = settle(best, student, config)
+    return history
 
 
 def loss_terms(

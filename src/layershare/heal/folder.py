@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from layershare.errors import ModelError
+from layershare.heal.choose import kept_notes
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.fit import check_processors, check_words
@@ -74,7 +75,7 @@ def heal_folder(
             [*figures, brief("distilled", model, metrics, folder), before],
             source=student, task=kind, metric=judge.metric, data=found.describe(),
             seed=config.seed, settings=config, plan=plan, history=history, seconds=seconds,
-            threads=torch.get_num_threads(), notes=[*found.notes, *judge.notes],
+            threads=torch.get_num_threads(), notes=[*found.notes, *judge.notes, *kept_notes(history, config)],
         )  # fmt: skip
         result.save(folder / "result.json")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
