@@ -62,14 +62,14 @@ def _name(source: str) -> str:
 
 
 def _loading(result: Result) -> str:
-    auto = TASKS[result.task].auto_class if result.task in TASKS else "AutoModel"
+    auto, *others = TASKS[result.task].auto_class.split("|") if result.task in TASKS else ["AutoModel"]
     processor = TASKS[result.task].processor if result.task in TASKS else "AutoTokenizer"
     name = "tokenizer" if processor == "AutoTokenizer" else "processor"
     return f"""## Use
 
 ```python
 import layershare  # so that transformers can read shared layers
-from transformers import {auto}, {processor}
+from transformers import {auto}, {processor}{f"  # or {', '.join(others)}, by its type" if others else ""}
 
 model = {auto}.from_pretrained("FOLDER")
 {name} = {processor}.from_pretrained("FOLDER")

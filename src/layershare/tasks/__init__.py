@@ -17,6 +17,7 @@ from layershare.tasks import (
     masked_lm,
     sentence_embedding,
     span_corruption,
+    speech_recognition,
     summarization,
     text_classification,
     token_classification,
@@ -35,6 +36,7 @@ TASKS: dict[str, Task] = {
     "summarization": summarization.TASK,
     "image-classification": image_classification.TASK,
     "audio-classification": audio_classification.TASK,
+    "speech-recognition": speech_recognition.TASK,
 }
 
 

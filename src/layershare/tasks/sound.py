@@ -57,6 +57,11 @@ def length(one: Medium, rate: int) -> int:
     return -(-told.frames * (rate // common) // (told.samplerate // common))
 
 
+def duration(one: Medium) -> float:
+    """Its length in seconds, from the header alone."""
+    return float(_soundfile().info(stream(one)).duration)
+
+
 def with_samples(processor: Any, rows: "Dataset", seconds: float) -> "Dataset":
     """Rows with ``audio``, and how many ``samples`` of each are read, if the model can be told by a mask."""
     if not processor.return_attention_mask:
