@@ -20,6 +20,7 @@ from layershare.heal.config import DistillConfig
 from layershare.heal.folder import heal_folder
 from layershare.heal.teacher import Wanted, live
 from layershare.measure.compare import compare
+from layershare.result import Result
 from layershare.sharing import plan_of, verify
 from layershare.sharing.folder import share_folder
 from layershare.store.open import load_model, load_processor
@@ -65,7 +66,7 @@ def whisper(folder: Path) -> None:
 
 
 def wav2vec2(folder: Path, *, letters: str = "AB") -> None:
-    """A frame every 5 ms; its alphabet is in upper case."""
+    """A frame every 20 ms; its alphabet is in upper case."""
     from transformers import (
         Wav2Vec2Config,
         Wav2Vec2CTCTokenizer,
@@ -80,7 +81,7 @@ def wav2vec2(folder: Path, *, letters: str = "AB") -> None:
     torch.manual_seed(0)
     config = Wav2Vec2Config(
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, conv_dim=[8, 8],
-        conv_kernel=[40, 4], conv_stride=[20, 4], num_feat_extract_layers=2, feat_extract_norm="layer",
+        conv_kernel=[80, 8], conv_stride=[40, 8], num_feat_extract_layers=2, feat_extract_norm="layer",
         do_stable_layer_norm=True, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
         layerdrop=0.0, vocab_size=len(tokens), pad_token_id=0, ctc_loss_reduction="mean",
     )  # fmt: skip
@@ -109,9 +110,9 @@ def write(folder: Path, rows: list[str], name: str = "table.csv") -> Path:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 recordings of one to four words."""
+    """120 recordings of one or two words."""
     draw = np.random.default_rng(0)
-    rows = [" ".join(draw.choice(["a", "b"], draw.integers(1, 5))) for _ in range(120)]
+    rows = [" ".join(draw.choice(["a", "b"], draw.integers(1, 3))) for _ in range(120)]
     return write(tmp_path_factory.mktemp("tones"), rows)
 
 
@@ -185,7 +186,7 @@ def test_the_loss_of_frames_is_that_of_the_model(models: dict[str, Path], table:
 
 
 def test_a_sound_too_short_for_its_transcript_costs_nothing():
-    short = Outputs(None, torch.randn(1, 2, 5), (), torch.ones(1, 2), along="source", blank=0)
+    short = Outputs(None, torch.randn(1, 2, 5), (), torch.ones(1, 2).long(), along="source", blank=0)
     assert TASK.loss(short, torch.tensor([[1, 2, 3]])) == 0
 
 
@@ -230,7 +231,7 @@ def test_what_a_teacher_said_is_kept_without_padding(kind: str, models: dict[str
         torch.testing.assert_close(then.hidden[layer][real], now.hidden[layer][real], atol=1e-4, rtol=1e-4)
     mask = out.mask_of(out.along)
     assert mask is not None
-    torch.testing.assert_close(then.logits[mask.bool()], now.logits[mask.bool()], atol=1e-4, rtol=1e-4)  # type: ignore
+    torch.testing.assert_close(then.logits[mask.bool()], now.logits[mask.bool()], atol=1e-4, rtol=1e-4)  # type: ignore[index]
 
 
 def test_sounds_that_are_too_long_are_named_or_skipped(table: Path):
@@ -271,9 +272,10 @@ def test_a_small_model_learns_and_its_shared_half_learns_from_it(
     kind: str, models: dict[str, Path], table: Path, tmp_path: Path
 ):
     teacher = tmp_path / "teacher"
-    config = FinetuneConfig(steps=150, batch_size=16, learning_rate=5e-3, judge_every=150)
+    steps, rate = {"whisper": (150, 1e-2), "wav2vec2": (250, 5e-3)}[kind]
+    config = FinetuneConfig(steps=steps, batch_size=16, learning_rate=rate, judge_every=steps)
     learnt = finetune(models[kind], table, teacher, task=TASK, config=config, quiet=True)
-    assert learnt.models[0].metrics["wer"] > 0.8
+    assert learnt.models[0].metrics["wer"] > 0.5
     assert learnt.models[1].metrics["wer"] < 0.2
     share_folder(
         teacher, tmp_path / "shared", preset="basis", budget=0.6, calibration=[table], task=TASK, fit="answer"
@@ -328,8 +330,8 @@ def test_the_verbs(kind: str, models: dict[str, Path], table: Path, tmp_path: Pa
             "-o",
             "cut",
         ],
-        ["evaluate", "teacher", "small", *given, "-o", "report"],
     ]
     for line in lines:
         assert cli.main(line) == 0, f"{line}\n{capsys.readouterr().err}"
-    assert "wer" in capsys.readouterr().out
+    told = Result.load(Path("small")).models
+    assert [set(one.metrics) for one in told] == [{"wer", "cer", "agreement"}] * 3

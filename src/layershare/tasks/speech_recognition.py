@@ -217,8 +217,8 @@ def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states:
     that spells, [B, T, vocabulary] for each frame."""
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 
-    config = extract_model_from_parallel(model).config
-    mask = sound.mask_of(config, batch)
+    inner = extract_model_from_parallel(model)
+    config, mask = inner.config, sound.mask_of(inner, batch)
     if not _is_ctc(config):
         return replace(seq2seq.forward(model, batch, hidden_states=hidden_states), mask=mask)
     heard = {name: batch[name] for name in sound.INPUTS if name in batch}
