@@ -17,10 +17,13 @@ def padding_of(model: nn.Module, batch: Mapping[str, Any]) -> Mask:
     """How ``batch`` is padded in ``model``, told by its ``attention_mask``, of tokens or of samples, and by the labels
     of an encoder-decoder, which are -100 behind their end."""
     masks: dict[tuple[int, ...], Tensor] = {}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        labels = batch.get("labels")
-        if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-            masks[tuple(labels.shape)] = labels != IGNORED
+    config, labels = getattr(model, "config", None), batch.get("labels")
+    if getattr(config, "is_encoder_decoder", False) and isinstance(labels, Tensor) and labels.ndim > 1:
+        target = labels != IGNORED
+        if labels.ndim == 3:  # a spectrogram, of which one step of the decoder makes several frames
+            together = getattr(config, "reduction_factor", 1)
+            target = target[:, together - 1 :: together, 0]
+        masks[tuple(target.shape)] = target
     known = batch.get("attention_mask")
     if isinstance(known, Tensor) and known.ndim == 2:
         if (frames := frames_of(model, known)) is not None:

@@ -73,7 +73,10 @@ def _default(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return rows_of(logits, padding_of(model, batch)), True
-    return rows_of(outputs[0], padding_of(model, batch)), False
+    # A loss, of labels that an encoder-decoder needs, is no answer.
+    every = outputs if isinstance(outputs, tuple) else outputs.to_tuple()
+    given = next(value for value in every if isinstance(value, Tensor) and value.ndim > 1)
+    return rows_of(given, padding_of(model, batch)), False
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from layershare.tasks import (
     speech_recognition,
     summarization,
     text_classification,
+    text_to_speech,
     token_classification,
     translation,
 )
@@ -37,6 +38,7 @@ TASKS: dict[str, Task] = {
     "image-classification": image_classification.TASK,
     "audio-classification": audio_classification.TASK,
     "speech-recognition": speech_recognition.TASK,
+    "text-to-speech": text_to_speech.TASK,
 }
 
 

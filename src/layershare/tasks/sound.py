@@ -33,6 +33,14 @@ def sound(cell: Any, folder: Path) -> Medium:
     return medium(cell, folder, whole, "a sound")
 
 
+def at_most(seconds: float, cell: Any, folder: Path) -> Medium:
+    """As :func:`sound`; ValueError also if it is longer, where a part of it would not be what is said of it."""
+    found = sound(cell, folder)
+    if (long := duration(found)) > seconds:
+        raise ValueError(f"lasts {long:.1f} s, and seconds is {seconds:g}")
+    return found
+
+
 folders = partial(folder_tables, role="audio", suffixes=SUFFIXES)
 """How a folder of sounds is read, see :func:`~layershare.tasks.media.folder_tables`."""
 
@@ -60,6 +68,17 @@ def length(one: Medium, rate: int) -> int:
 def duration(one: Medium) -> float:
     """Its length in seconds, from the header alone."""
     return float(_soundfile().info(stream(one)).duration)
+
+
+def halves(processor: Any) -> tuple[Any, Any]:
+    """What goes before such a model, and what goes behind it: its feature extractor and its tokenizer."""
+    found = getattr(processor, "feature_extractor", None), getattr(processor, "tokenizer", None)
+    if None in found:
+        raise ModelError(
+            f"A {type(processor).__name__} is not a feature extractor and a tokenizer in one.",
+            "Both must be in the model's folder.",
+        )
+    return found
 
 
 def with_samples(processor: Any, rows: "Dataset", seconds: float) -> "Dataset":

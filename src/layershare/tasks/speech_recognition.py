@@ -11,7 +11,6 @@ Judged by word and character error rates, as jiwer counts them.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -21,8 +20,8 @@ from layershare.tasks import seq2seq, sound
 from layershare.tasks.encoding import batches, pad
 from layershare.tasks.files import text
 from layershare.tasks.masking import IGNORED
-from layershare.tasks.media import Medium
 from layershare.tasks.reading import read_splits
+from layershare.tasks.sound import halves
 from layershare.tasks.task import Data, Outputs, Paths, Task, label_loss
 from layershare.tasks.writing import Writing, generate
 
@@ -99,15 +98,10 @@ def _read(
     sound is opened once, and kept nowhere; none stands in two parts. One that is longer than ``seconds`` is refused:
     cut, it would not be what its transcript says."""
 
-    def hear(cell: Any, folder: Path) -> Medium:
-        found = sound.sound(cell, folder)
-        if (long := sound.duration(found)) > settings.seconds:
-            raise ValueError(f"lasts {long:.1f} s, and seconds is {settings.seconds:g}")
-        return found
-
     return read_splits(
         paths, test, validation, candidates=COLUMNS, given=columns, optional=frozenset(), convert={"transcript": text},
-        beside={"audio": hear}, folders=sound.folders, split=split, seed=seed, skip_bad=skip_bad,
+        beside={"audio": partial(sound.at_most, settings.seconds)}, folders=sound.folders, split=split, seed=seed,
+        skip_bad=skip_bad,
     )  # fmt: skip
 
 
@@ -166,17 +160,6 @@ def _spelled(words: Any, said: list[str]) -> list[list[int]]:
             f"It has {''.join(sorted(known))!r}. Write numbers in words.",
         )
     return words(lines)["input_ids"]
-
-
-def halves(processor: Any) -> tuple[Any, Any]:
-    """What goes before such a model, and what goes behind it: its feature extractor and its tokenizer."""
-    found = getattr(processor, "feature_extractor", None), getattr(processor, "tokenizer", None)
-    if None in found:
-        raise ModelError(
-            f"A {type(processor).__name__} is not a feature extractor and a tokenizer in one.",
-            "Both must be in the model's folder.",
-        )
-    return found
 
 
 def _heard(ears: Any, dataset: "Dataset") -> "Dataset":

@@ -78,6 +78,7 @@ class Outputs:
         along: whose tokens the logits belong to; None: to the whole input.
         encoder: so many of the layers are an encoder's, in front of a decoder; None where there is but one.
         blank: the class that means nothing where logits spell a text that they are not aligned with (CTC); else None.
+        loss: the model's own, of the ``labels`` it was given, where it does not follow from the logits; else None.
     """
 
     embedding: "Tensor | None"
@@ -88,6 +89,7 @@ class Outputs:
     along: Axis | None = None
     encoder: int | None = None
     blank: int | None = None
+    loss: "Tensor | None" = None
 
     def axis(self, layer: int) -> Axis:
         """Along what the hidden states of a layer lie; positions count from 0, through encoder and decoder."""
