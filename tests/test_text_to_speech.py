@@ -20,30 +20,10 @@ from layershare.sharing.folder import share_folder
 from layershare.stacks import find_stacks
 from layershare.store.open import load_model, load_processor
 from layershare.tasks import get_task
+from materials import speecht5
 
 TASK = get_task("text-to-speech", {"seconds": 1.0})
 PITCHES = {"cat": 300, "dog": 1200}
-
-
-def speecht5(folder: Path, tokenizer: Any) -> None:
-    """Two layers of text, four of speech; a step of the decoder makes two frames."""
-    from transformers import (
-        SpeechT5Config,
-        SpeechT5FeatureExtractor,
-        SpeechT5ForTextToSpeech,
-        SpeechT5Processor,
-    )
-
-    torch.manual_seed(0)
-    config = SpeechT5Config(
-        vocab_size=len(tokenizer), hidden_size=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_layers=4, decoder_ffn_dim=32, decoder_attention_heads=2, speech_decoder_prenet_units=16,
-        speech_decoder_postnet_units=16, speech_decoder_postnet_layers=2, num_mel_bins=20, max_text_positions=64,
-        use_guided_attention_loss=False, positional_dropout=0.0, speaker_embedding_dim=4, encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-    )  # fmt: skip
-    SpeechT5ForTextToSpeech(config).save_pretrained(folder)
-    SpeechT5Processor(SpeechT5FeatureExtractor(num_mel_bins=20), tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
