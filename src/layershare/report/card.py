@@ -17,6 +17,8 @@ PIPELINE_TAGS = {
     "summarization": "summarization",
     "image-classification": "image-classification",
     "audio-classification": "audio-classification",
+    "speech-recognition": "automatic-speech-recognition",
+    "text-to-speech": "text-to-speech",
 }
 LIMITS = (
     "Quality was measured on the data named above and on nothing else.",
