@@ -111,7 +111,81 @@ def wav2vec2(path: Path, tokenizer: Any) -> None:
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(path)
 
 
+def spoken(path: Path, tokenizer: Any) -> None:
+    """Tones, and words for them; 8 words at the most."""
+    import numpy as np
+    import soundfile
+
+    draw, lines = random.Random(0), ["audio,text"]
+    folder = path.parent / f"{path.stem}-files"
+    folder.mkdir()
+    for number in range(20):
+        time = np.arange(1000 + 80 * number) / 8000
+        soundfile.write(folder / f"{number:02}.wav", np.sin(2 * np.pi * (200 + 100 * number) * time), 8000)
+        lines.append(f"{folder.name}/{number:02}.wav,{some(draw, 1 + number % 8)}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def whisper(path: Path, tokenizer: Any) -> None:
+    import torch
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+    )
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(
+        vocab_size=len(TOKENS), d_model=16, encoder_layers=4, decoder_layers=4, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=50,
+        max_target_positions=64, pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2,
+    )  # fmt: skip
+    WhisperForConditionalGeneration(WhisperConfig(**sizes)).save_pretrained(path)
+    WhisperProcessor(WhisperFeatureExtractor(chunk_length=1), tokenizer).save_pretrained(path)
+
+
+def wav2vec2_ctc(path: Path, tokenizer: Any) -> None:
+    """As :func:`wav2vec2`, with the capital letters for a vocabulary."""
+    from transformers import AutoConfig, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+    from transformers import Wav2Vec2Processor as Processor
+
+    wav2vec2(path, tokenizer)
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    Wav2Vec2ForCTC(AutoConfig.from_pretrained(path, vocab_size=len(tokens))).save_pretrained(path)
+    words = Wav2Vec2CTCTokenizer(str(path / "vocab.json"))
+    Processor(Wav2Vec2FeatureExtractor(return_attention_mask=True), words).save_pretrained(path)
+
+
+def speecht5(path: Path, tokenizer: Any) -> None:
+    """Two layers of text, four of speech; a step of the decoder makes two frames."""
+    import torch
+    from transformers import (
+        SpeechT5Config,
+        SpeechT5FeatureExtractor,
+        SpeechT5ForTextToSpeech,
+        SpeechT5Processor,
+    )
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(
+        vocab_size=len(tokenizer), hidden_size=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32,
+        decoder_layers=4, decoder_ffn_dim=32, decoder_attention_heads=2, speech_decoder_prenet_units=16,
+        speech_decoder_postnet_units=16, speech_decoder_postnet_layers=2, num_mel_bins=20, max_text_positions=64,
+        use_guided_attention_loss=False, positional_dropout=0.0, speaker_embedding_dim=4, encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+    )  # fmt: skip
+    SpeechT5ForTextToSpeech(SpeechT5Config(**sizes)).save_pretrained(path)
+    SpeechT5Processor(SpeechT5FeatureExtractor(num_mel_bins=20), tokenizer).save_pretrained(path)
+
+
 MATERIALS: dict[str, Maker] = {
+    "openai/whisper-tiny.en": whisper,
+    "facebook/wav2vec2-base-960h": wav2vec2_ctc,
+    "microsoft/speecht5_tts": speecht5,
+    "recordings.csv": spoken,
+    "spoken.csv": spoken,
     "facebook/wav2vec2-base": wav2vec2,
     "photos": photos,
     "sounds": sounds,

@@ -193,6 +193,23 @@ def test_geopair_is_basis_sharing_where_all_see_the_same():
     assert one == pytest.approx(two, rel=1e-4)
 
 
+def test_geopair_takes_moments_of_fewer_tokens_than_features():
+    """As they are added up in float32: not positive any more."""
+    torch.manual_seed(0)
+    grams = []
+    for _ in range(2):
+        tokens = torch.randn(4, 6, dtype=torch.float64)
+        gram = tokens.T @ tokens / 4
+        grams.append(gram - 1e-4 * gram.diagonal().mean() * torch.eye(6, dtype=torch.float64))
+    assert min(float(torch.linalg.eigvalsh(gram)[0]) for gram in grams) < 0
+    weights = weights_of(2)
+    ups, down = geopair(weights, 6, grams)
+    for weight, up, gram in zip(weights, ups, grams, strict=True):
+        assert ((weight - up @ down).double() @ gram).abs().max() < 1e-2 * (
+            weight.double() @ gram
+        ).abs().max()
+
+
 def test_geopair_of_full_rank_is_exact():
     weights = weights_of(2)
     ups, down = geopair(weights, 6, [gram_of(6, i) for i in range(2)])

@@ -103,10 +103,10 @@ def test_targets_end_once_and_are_no_part_of_the_text(rows, file):
 
 
 def test_an_end_is_put_where_the_tokenizer_leaves_it_out_and_there_is_room():
-    assert seq2seq._ended([5, 6], 3, 8) == [5, 6, 3]
-    assert seq2seq._ended([5, 3], 3, 8) == [5, 3]
-    assert seq2seq._ended([5, 6], 3, 2) == [5, 6]
-    assert seq2seq._ended([5, 6], None, 8) == [5, 6]
+    assert seq2seq.ended([5, 6], 3, 8) == [5, 6, 3]
+    assert seq2seq.ended([5, 3], 3, 8) == [5, 3]
+    assert seq2seq.ended([5, 6], 3, 2) == [5, 6]
+    assert seq2seq.ended([5, 6], None, 8) == [5, 6]
 
 
 def test_logits_are_those_of_the_target_shifted_behind_the_start_token(rows, tokenizer, family, tiny):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from pydantic import Field
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
@@ -20,7 +19,7 @@ from layershare.measure.brief import brief, result_of, spread, timed
 from layershare.pretrain.start import Start, find_start
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import load_processor, load_under_head, new_folder, sketch
+from layershare.store.open import auto_class_of, load_processor, load_under_head, new_folder, sketch
 from layershare.tasks import TASKS, Data, Task, get_task
 from layershare.tasks.encoding import lengths, usable_length
 from layershare.train import TrainConfig, train
@@ -183,7 +182,7 @@ def _fresh(start: Start, kind: Task, data: Data, seed: int) -> tuple[Any, Any]:
     processor = kind.fresh(start.config)
     torch.manual_seed(seed)
     try:
-        net = getattr(transformers, kind.auto_class).from_config(start.config).float()
+        net = auto_class_of(start.config, kind.auto_class).from_config(start.config).float()
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"{start.name}: no model can be made of this config ({why}).") from error

@@ -42,7 +42,14 @@ def depths(model: Any) -> tuple[int, ...]:
     if not model.config.is_encoder_decoder:
         return (model.config.num_hidden_layers,)
     parts = (model.get_encoder(), model.get_decoder())
-    return tuple(len(next(m for m in part.modules() if isinstance(m, nn.ModuleList))) for part in parts)
+    return tuple(len(layer_list(part)) for part in parts)
+
+
+def layer_list(part: nn.Module) -> nn.ModuleList:
+    """The layers of an encoder or a decoder: its list with the most parameters, the first of equals. What goes before
+    them may have a list of its own."""
+    lists = [m for m in part.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
 
 
 def layer_pairs(student: Any, teacher: Any, given: LayerMap | None) -> LayerMap:

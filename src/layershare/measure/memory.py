@@ -83,19 +83,19 @@ def status_bytes(text: str, key: str) -> int:
 def _measure_here(folder: str, auto_class: str, batch_file: str) -> int:
     """The child's work.  Everything that is not the model is done before the note is taken."""
     import torch
-    import transformers
     from safetensors.torch import load_file
+    from transformers import AutoConfig
 
     from layershare.measure.opening import base_of, open_measured
+    from layershare.store.open import auto_class_of
 
     base = base_of(folder)
     if base is not None:
         import peft  # noqa: F401
 
-    auto = getattr(transformers, auto_class)
-    batch = load_file(batch_file)
+    batch, config = load_file(batch_file), AutoConfig.from_pretrained(base or folder)
     with torch.device("meta"):  # imports the model's code without allocating its weights
-        auto.from_config(transformers.AutoConfig.from_pretrained(base or folder))
+        auto_class_of(config, auto_class).from_config(config)
     torch.nn.Linear(64, 64)(torch.zeros(8, 64))  # sets up threads and the matrix library
 
     before = status_bytes(STATUS.read_text(), "VmRSS")

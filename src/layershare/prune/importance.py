@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layershare.errors import DataError, OptionError, TrainingError
+from layershare.sharing.padding import Mask, padding_of, rows_of
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -52,8 +53,8 @@ def matching_loss(teacher: nn.Module) -> Loss:
         with torch.no_grad():
             theirs = _output(teacher(**batch))
         error = (_output(model(**batch)) - theirs).square().sum(-1)
-        mask = batch.get("attention_mask")
-        if mask is not None and mask.shape == error.shape:
+        mask = padding_of(model, batch)(error.shape)
+        if mask is not None:
             return (error * mask).sum() / mask.sum() / 2
         return error.mean() / 2
 
@@ -86,13 +87,13 @@ def of_inputs(
                     lambda grad: found[name].append((grad * x.detach()).flatten(0, -2).double().sum(0))
                 )
                 return
-            rows = real_rows(x.detach(), mask[0])
+            rows = rows_of(x.detach(), mask[0])
             found[name].append(rows.double().square().sum(0))
             tokens[name] += len(rows)
 
         return hook
 
-    mask: list[Tensor | None] = [None]
+    mask: list[Mask] = []
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in modules]
     run(model, batches, loss if by == "taylor" else None, handles, mask)
     if unseen := [name for name in modules if not found[name]]:
@@ -125,7 +126,7 @@ def of_positions(
                 )
                 weights[name].append(1)
                 return
-            a, b = real_rows(before.detach(), mask[0]), real_rows(after.detach(), mask[0])
+            a, b = rows_of(before.detach(), mask[0]), rows_of(after.detach(), mask[0])
             relative = (b - a).float().norm(dim=-1) / a.float().norm(dim=-1)
             score = block_influence(a, b) if by == "influence" else relative
             found[name].append(float(score.double().sum()))
@@ -133,7 +134,7 @@ def of_positions(
 
         return hook
 
-    mask: list[Tensor | None] = [None]
+    mask: list[Mask] = []
     handles = [
         model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in layers
     ]
@@ -155,7 +156,7 @@ def gradients(
         for name, p in parameters.items():
             found[name] = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float()
 
-    count = run(model, batches, loss, [], [None], finish=take)
+    count = run(model, batches, loss, [], [], finish=take)
     return {name: grad / count for name, grad in found.items()}
 
 
@@ -164,7 +165,7 @@ def run(
     batches: Iterable[Batch],
     loss: Loss | None,
     handles: Sequence[Any],
-    mask: list[Tensor | None],
+    mask: list[Mask],
     finish: Callable[[], None] | None = None,
 ) -> int:
     """Run all ``batches`` in evaluation mode, forward or with the gradient of ``loss``; then take the hooks off.
@@ -182,7 +183,7 @@ def run(
             moved = {
                 key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()
             }
-            mask[0] = moved.get("attention_mask")
+            mask[:] = [padding_of(model, moved)]
             with torch.set_grad_enabled(loss is not None):
                 if loss is None:
                     model(**moved)
@@ -204,10 +205,3 @@ def run(
     if not count:
         raise DataError("there is no batch to measure importance on.", "Give batches, or prune by magnitude.")
     return count
-
-
-def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(..., d) as rows; those of padding left out where the mask has their shape."""
-    if mask is not None and x.shape[:-1] == mask.shape:
-        return x[mask.bool()]
-    return x.flatten(0, -2)

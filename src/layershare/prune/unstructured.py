@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from layershare.errors import DataError, ModelError, OptionError, nearest
 from layershare.linear import FACTORS, AtomLinear, FactoredLinear, kind_of
 from layershare.prune.config import PruneConfig
-from layershare.prune.importance import Batch, Loss, gradients, real_rows, run, wanda
+from layershare.prune.importance import Batch, Loss, gradients, run, wanda
 from layershare.prune.select import lowest, lowest_in_rows, n_of_m, within_energy
 from layershare.sharing.layout import matches
+from layershare.sharing.padding import Mask, rows_of
 from layershare.stacks import PARTS, Stack
 
 
@@ -143,11 +144,11 @@ def input_squares(
 ) -> dict[str, Tensor]:
     """The sum of x_j^2 of each input of each matrix, float64, over the real tokens of all its uses."""
     sums: dict[str, Tensor] = {}
-    mask: list[Tensor | None] = [None]
+    mask: list[Mask] = []
 
     def watch(name: str, leaf: str) -> Callable[..., Any]:
         def hook(module: Any, args: tuple) -> None:
-            x = real_rows(args[0].detach(), mask[0])
+            x = rows_of(args[0].detach(), mask[0])
             squares = (F.linear(x, module.down) if leaf == "up" else x).double().square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 
 from layershare.adapt import adapt
@@ -31,7 +30,7 @@ from layershare.sharing import make_plan, plan_of, predict
 from layershare.sharing.folder import from_the_start, plan_for
 from layershare.sharing.tie import count
 from layershare.stacks import find_stacks
-from layershare.store.open import sketch
+from layershare.store.open import auto_class_of, sketch
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _pretrained(stage: PretrainStage, taken: Mapping[str, Size]) -> Size:
     if start.checkpoint is None and stage.tokenizer is None:
         start.config.vocab_size = stage.vocabulary or start.vocabulary or VOCABULARY
     with torch.device("meta"):
-        size = _of(getattr(transformers, kind.auto_class).from_config(start.config))
+        size = _of(auto_class_of(start.config, kind.auto_class).from_config(start.config))
     planned = from_the_start(stage.plan, stage.preset, stage.unique, stage.budget)
     if planned is None:
         return size
@@ -122,7 +121,7 @@ def _fresh(stage: FinetuneStage, source: Source) -> Size:
     for name, value in task.head(task.read(source.paths, **source.reading())).items():
         setattr(start.config, name, value)
     with torch.device("meta"):
-        return _of(getattr(transformers, task.auto_class).from_config(start.config))
+        return _of(auto_class_of(start.config, task.auto_class).from_config(start.config))
 
 
 def _with_head(taken: Size, source: Source) -> Size:
@@ -134,7 +133,7 @@ def _with_head(taken: Size, source: Source) -> Size:
         settings = task.head(task.read(source.paths, **source.reading()))
         config = type(net.config).from_dict(net.config.to_dict() | settings)
         with torch.device("meta"):
-            headed = getattr(transformers, task.auto_class).from_config(config)
+            headed = auto_class_of(config, task.auto_class).from_config(config)
         # Of the base, what the head does not use (a pooler, a language-model head) goes.
         change = count(headed).unique - count(net).unique
         parameters = taken.parameters + change

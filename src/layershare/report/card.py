@@ -17,6 +17,8 @@ PIPELINE_TAGS = {
     "summarization": "summarization",
     "image-classification": "image-classification",
     "audio-classification": "audio-classification",
+    "speech-recognition": "automatic-speech-recognition",
+    "text-to-speech": "text-to-speech",
 }
 LIMITS = (
     "Quality was measured on the data named above and on nothing else.",
@@ -62,14 +64,14 @@ def _name(source: str) -> str:
 
 
 def _loading(result: Result) -> str:
-    auto = TASKS[result.task].auto_class if result.task in TASKS else "AutoModel"
+    auto, *others = TASKS[result.task].auto_class.split("|") if result.task in TASKS else ["AutoModel"]
     processor = TASKS[result.task].processor if result.task in TASKS else "AutoTokenizer"
     name = "tokenizer" if processor == "AutoTokenizer" else "processor"
     return f"""## Use
 
 ```python
 import layershare  # so that transformers can read shared layers
-from transformers import {auto}, {processor}
+from transformers import {auto}, {processor}{f"  # or {', '.join(others)}, by its type" if others else ""}
 
 model = {auto}.from_pretrained("FOLDER")
 {name} = {processor}.from_pretrained("FOLDER")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from layershare.errors import DataError, ModelError, PlanError, nearest
 from layershare.plan import SharingPlan, Table
 from layershare.sharing.lowrank import balanced
+from layershare.sharing.padding import Mask, padding_of
 from layershare.stacks import same_stack
 
 DOWN = "layershare_down"
@@ -162,15 +163,15 @@ def factor_table(table: Tensor, rank: int, counts: Tensor | None = None) -> tupl
 
 @torch.no_grad()
 def count_tokens(model: nn.Module, job: TableJob, batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """How often each row of the table is looked up, (V) in float64, padding left out where the ``attention_mask`` has
-    the shape of the ids. Raises DataError if it never is."""
+    """How often each row of the table is looked up, (V) in float64, padding left out. Raises DataError if it never
+    is."""
     counts = torch.zeros(job.rows, dtype=torch.float64)
-    mask: list[Tensor | None] = [None]
+    mask: list[Mask] = []
 
     def see(_: nn.Module, args: tuple) -> None:
         ids = args[0]
-        if mask[0] is not None and mask[0].shape == ids.shape:
-            ids = ids[mask[0].bool()]
+        if (real := mask[0](ids.shape)) is not None:
+            ids = ids[real]
         counts.add_(torch.bincount(ids.flatten().cpu(), minlength=job.rows)[: job.rows])
 
     embeddings = [m for name in job.modules if isinstance(m := model.get_submodule(name), nn.Embedding)]
@@ -180,7 +181,7 @@ def count_tokens(model: nn.Module, job: TableJob, batches: Iterable[Mapping[str,
             hooks.callback(module.register_forward_pre_hook(see).remove)
         for batch in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            mask[0] = batch.get("attention_mask")
+            mask[:] = [padding_of(model, batch)]
             model(**batch)
     if not counts.sum():
         raise DataError(f"the calibration data never reaches {job.modules[0]}.", "Give batches of token ids.")

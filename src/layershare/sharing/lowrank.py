@@ -109,7 +109,7 @@ def geopair(
     if grams is None or len(weights) == 1:
         return ups, down
     dense = [weight.double() for weight in weights]
-    metric = [_damped(gram.double()) for gram in grams]
+    metric = [_positive(gram.double()) for gram in grams]
     right = down.double()
     axes = _together(*metric) if len(dense) == 2 else None  # the costly part, once
     for _ in range(rounds):
@@ -193,6 +193,15 @@ def _damped(square: Tensor, ridge: float = 1e-6) -> Tensor:
     """``square`` plus a little of the identity, in units of its mean eigenvalue: never singular."""
     size = ridge * square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     return square + size * torch.eye(len(square), dtype=square.dtype, device=square.device)
+
+
+def _positive(gram: Tensor) -> Tensor:
+    """Damped. Of fewer tokens than features rounding leaves negative eigenvalues too large for that, which go first."""
+    damped = _damped(gram)
+    if int(torch.linalg.cholesky_ex(damped).info):
+        values, vectors = torch.linalg.eigh(gram)
+        damped = _damped((vectors * values.clamp_min(0)) @ vectors.T)
+    return damped
 
 
 def _sylvester(left: Sequence[Tensor], axes: Factors, wanted: Tensor) -> Tensor:

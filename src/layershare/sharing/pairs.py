@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layershare.sharing.statistics import Batch, evaluating, refuse_unseen, rows_of, to_device
+from layershare.sharing.padding import padding_of, rows_of
+from layershare.sharing.statistics import Batch, evaluating, refuse_unseen, to_device
 
 # How exactly a sum must follow what is added to one of its terms; bf16 rounds it to about 1 %.
 EXACT = 0.05
@@ -141,7 +142,7 @@ def _run(
 ) -> dict[tuple[str, int], Tensor]:
     """The unmasked rows that go in (name, 0) and come out (name, 1) of ``modules``, and that go into ``readers``."""
     batch = to_device(model, batch)
-    mask = batch.get("attention_mask")
+    mask = padding_of(model, batch)
     rows: dict[tuple[str, int], Tensor] = {}
     left = {*modules, *readers}
 

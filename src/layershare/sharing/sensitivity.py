@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from layershare.errors import DataError
+from layershare.sharing.padding import Mask, padding_of, rows_of
 from layershare.sharing.pieces import pieces
-from layershare.sharing.statistics import Batch, Grams, rows_of
+from layershare.sharing.statistics import Batch, Grams
 
 Answer = Callable[[nn.Module, Batch], tuple[Tensor, bool]]
 """A model's answer to a batch: vectors (..., d) and False, or logits (..., classes) and True."""
@@ -53,7 +54,7 @@ def sensitivities(
                 k: value.to(device) if isinstance(value, Tensor) else value for k, value in batch.items()
             }
             texts += probes * next(len(value) for value in batch.values() if isinstance(value, Tensor))
-            with _watching(model, modules, batch.get("attention_mask"), see):
+            with _watching(model, modules, padding_of(model, batch), see):
                 given, logits = (answer or _default)(model, batch)
                 for probe, slope in enumerate(_slopes(given, logits, draw, probes)):
                     given.backward(slope, retain_graph=probe + 1 < probes)
@@ -71,8 +72,11 @@ def _default(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     outputs = model(**batch)
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
-        return rows_of(logits, batch.get("attention_mask")), True
-    return rows_of(outputs[0], batch.get("attention_mask")), False
+        return rows_of(logits, padding_of(model, batch)), True
+    # A loss, of labels that an encoder-decoder needs, is no answer.
+    every = outputs if isinstance(outputs, tuple) else outputs.to_tuple()
+    given = next(value for value in every if isinstance(value, Tensor) and value.ndim > 1)
+    return rows_of(given, padding_of(model, batch)), False
 
 
 @torch.no_grad()
@@ -113,7 +117,7 @@ def _only_activations(model: nn.Module) -> Any:
 
 @contextmanager
 def _watching(
-    model: nn.Module, modules: Sequence[str], mask: Tensor | None, see: Callable[[str, Tensor], None]
+    model: nn.Module, modules: Sequence[str], mask: Mask, see: Callable[[str, Tensor], None]
 ) -> Any:
     def watch(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: tuple, output: Tensor) -> Tensor:

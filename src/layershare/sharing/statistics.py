@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layershare.errors import DataError
+from layershare.sharing.padding import padding_of, rows_of
 
 Grams = dict[str, Tensor]
 Batch = Mapping[str, Any]
@@ -17,7 +18,7 @@ Batch = Mapping[str, Any]
 def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) -> Grams:
     """E[x x^T] of the inputs of the named linear ``modules``, each (in, in) in float32, over all unmasked tokens.
 
-    ``batches`` are given to the model as ``model(**batch)``; a two-dimensional ``attention_mask`` tells padding.
+    ``batches`` are given to the model as ``model(**batch)``; padding is left out, see :mod:`.padding`.
     Raises DataError if a module sees no token.
     """
     modules = list(modules)
@@ -70,10 +71,11 @@ def _run(
 ) -> None:  # fmt: skip
     """Run ``model`` and let ``see`` see the name and the unmasked input rows (``raw``: the input) of each module."""
     batch = to_device(model, batch)
+    mask = padding_of(model, batch)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple) -> None:
-            see(name, args[0] if raw else rows_of(args[0], batch.get("attention_mask")))
+            see(name, args[0] if raw else rows_of(args[0], mask))
 
         return hook
 
@@ -105,10 +107,3 @@ def refuse_unseen(modules: Sequence[str], seen: Mapping[str, int], runs: int) ->
         raise DataError(
             f"the calibration data {where}.", "Give batches that use every shared part of the model."
         )
-
-
-def rows_of(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Inputs (..., in) as rows; those of padding left out where the mask has their shape."""
-    if mask is not None and inputs.shape[:-1] == mask.shape:
-        return inputs[mask.bool()]
-    return inputs.flatten(0, -2)

@@ -22,12 +22,22 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedModel:
     """The model in evaluation mode, on the CPU, in the precision of its checkpoint.
 
-    ``auto_class``: name of the transformers class to load it with; default the one that the checkpoint was saved from.
+    ``auto_class``: name of the transformers class to load it with, or names, see :func:`auto_class_of`; default the one
+    that the checkpoint was saved from.
     Raises ModelError if there is no such model, its weights cannot be read, or its code is not part of transformers.
     """
-    name = auto_class or _class_name(_config(model))
-    cls = getattr(transformers, name)
+    config = _config(model)
+    cls = auto_class_of(config, auto_class or _class_name(config))
     return _open(model, lambda source: cls.from_pretrained(source, use_safetensors=True)).eval()
+
+
+def auto_class_of(config: PretrainedConfig, names: str) -> Any:
+    """The class of transformers called ``names``; of several, with ``|`` between them, the first that knows models with
+    this config, or else the first."""
+    classes = [getattr(transformers, name) for name in names.split("|")]
+    return next(
+        (one for one in classes if len(classes) > 1 and type(config) in one._model_mapping), classes[0]
+    )
 
 
 def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreTrainedModel:
@@ -36,7 +46,7 @@ def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreT
     ``settings``: keys of its config with other values. Raises ModelError also when weights of the layers
     are missing; transformers would only log it.
     """
-    cls, logger = getattr(transformers, auto_class), logging.getLogger("transformers")
+    cls, logger = auto_class_of(_config(model), auto_class), logging.getLogger("transformers")
     settings |= {"use_safetensors": True, "output_loading_info": True}
     before = logger.level
     logger.setLevel(logging.ERROR)

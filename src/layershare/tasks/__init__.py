@@ -17,8 +17,10 @@ from layershare.tasks import (
     masked_lm,
     sentence_embedding,
     span_corruption,
+    speech_recognition,
     summarization,
     text_classification,
+    text_to_speech,
     token_classification,
     translation,
 )
@@ -35,6 +37,8 @@ TASKS: dict[str, Task] = {
     "summarization": summarization.TASK,
     "image-classification": image_classification.TASK,
     "audio-classification": audio_classification.TASK,
+    "speech-recognition": speech_recognition.TASK,
+    "text-to-speech": text_to_speech.TASK,
 }
 
 

@@ -189,22 +189,22 @@ def forward(
     batch: "Mapping[str, Tensor]",
     *,
     hidden_states: bool = False,
-    mask: "Callable[[Any, Mapping[str, Tensor]], Tensor | None]" = lambda _, batch: batch.get(
+    mask: "Callable[[nn.Module, Mapping[str, Tensor]], Tensor | None]" = lambda _, batch: batch.get(
         "attention_mask"
     ),
 ) -> Outputs:
     """Logits of a batch: [B, classes], [B, labels, 2] for several labels, [B, 1] for a number.
 
-    ``mask``: (config, batch) -> where the hidden states are no padding.
+    ``mask``: (model, batch) -> where the hidden states are no padding.
     """
     import torch
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 
     out = model(**batch, output_hidden_states=hidden_states)
-    config = extract_model_from_parallel(model).config
-    several = getattr(config, "problem_type", None) == ANSWERS["labels"][0]
+    inner = extract_model_from_parallel(model)
+    several = getattr(inner.config, "problem_type", None) == ANSWERS["labels"][0]
     logits = torch.stack([torch.zeros_like(out.logits), out.logits], -1) if several else out.logits
-    return Outputs(None, logits, out.hidden_states if hidden_states else (), mask(config, batch))
+    return Outputs(None, logits, out.hidden_states if hidden_states else (), mask(inner, batch))
 
 
 def answers(task: Task, model: Any, processor: Any, rows: Any, *, batch_size: int = 64) -> list[Any]:

@@ -13,27 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from layershare.config import Config
-from layershare.errors import DependencyError, ModelError, OptionError, nearest
+from layershare.errors import DependencyError, ModelError
 from layershare.tasks.encoding import batches, encode, pad, usable_length
 from layershare.tasks.files import text
 from layershare.tasks.language import LOGITS
 from layershare.tasks.masking import IGNORED
 from layershare.tasks.reading import read_splits
 from layershare.tasks.task import Data, Outputs, Paths, Task
+from layershare.tasks.writing import Writing, generate
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
 INPUTS = ("input_ids", "attention_mask", "labels")
-SINGLE = {"num_return_sequences": 1, "return_dict_in_generate": False}
-"""Settings of ``generate`` that would give something else than one text for each."""
 Measure = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 """(what the model wrote, what is right) -> figures."""
 
 
-class Settings(Config):
+class Settings(Writing):
     """How texts are given to the model, and how it writes."""
 
     prefix: str = Field(
@@ -41,15 +39,6 @@ class Settings(Config):
     )
     target_length: int = Field(
         0, ge=0, description="Longer targets are cut to this many tokens in training; 0: as the texts are."
-    )
-    num_beams: int | None = Field(
-        None, ge=1, description="Beams of the search; 1 is greedy; default: the model's."
-    )
-    max_new_tokens: int | None = Field(
-        None, ge=1, description="Most tokens written for a text; default: as many as a target may have."
-    )
-    generation: dict[str, Any] = Field(
-        {}, description="Other settings of transformers' generate, as length_penalty or no_repeat_ngram_size."
     )
 
 
@@ -116,15 +105,15 @@ def _encode(
 
     pairs = list(dict.fromkeys(zip(dataset["text"][:], dataset["target"][:], strict=True)))
     columns = encode(tokenizer, [settings.prefix + source for source, _ in pairs], max_length)
-    most, end = settings.target_length or max_length, _end(tokenizer, config)
+    most, end = settings.target_length or max_length, end_of(tokenizer, config)
     written = tokenizer(
         text_target=[target for _, target in pairs], truncation=True, max_length=most, padding=False
     )
-    labels = [_ended(ids, end, most) for ids in written["input_ids"]]
+    labels = [ended(ids, end, most) for ids in written["input_ids"]]
     return Dataset.from_dict({name: columns[name] for name in INPUTS[:2]} | {"labels": labels})
 
 
-def _end(tokenizer: Any, config: Any) -> int | None:
+def end_of(tokenizer: Any, config: Any) -> int | None:
     """The token that ends what the model writes."""
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, list):
@@ -132,7 +121,7 @@ def _end(tokenizer: Any, config: Any) -> int | None:
     return tokenizer.eos_token_id if end is None else end
 
 
-def _ended(ids: list[int], end: int | None, most: int) -> list[int]:
+def ended(ids: list[int], end: int | None, most: int) -> list[int]:
     """``ids`` with ``end`` behind them, which some tokenizers leave out, and without which a model never stops."""
     return ids if end is None or ids[-1:] == [end] or len(ids) >= most else [*ids, end]
 
@@ -157,7 +146,8 @@ def check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for 
 
 
 def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states: bool = False) -> Outputs:
-    """Logits [B, U, vocabulary] of the target given as ``labels``, each token from those before it."""
+    """Logits [B, U, vocabulary] of the target given as ``labels``, each token from those before it. What has no
+    ``attention_mask``, as the sounds of some models, has no padding."""
     out = model(**batch, use_cache=False, output_hidden_states=hidden_states)
     states, encoder = (), None
     if hidden_states:
@@ -167,7 +157,7 @@ def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states:
         )
     written = (batch["labels"] != IGNORED).long()
     return Outputs(
-        None, out.logits, states, batch["attention_mask"], written, along="target", encoder=encoder
+        None, out.logits, states, batch.get("attention_mask"), written, along="target", encoder=encoder
     )
 
 
@@ -184,49 +174,15 @@ def write(
 
     Raises OptionError for settings that ``generate`` does not take.
     """
-    import torch
-
     settings = settings or Settings()
     length = usable_length(tokenizer, model.config, max_length)
     encoded = encode(tokenizer, [settings.prefix + source for source in sources], length)
-    options = _options(settings, usable_length(tokenizer, model.config, settings.target_length or max_length))
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    result = [""] * len(sources)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for indices, batch in batches(tokenizer, encoded, batch_size):
-                inputs = {name: batch[name].to(device) for name in INPUTS[:2]}
-                try:
-                    written = model.generate(**inputs, **options)
-                except (ValueError, TypeError) as error:
-                    raise OptionError(
-                        f"generate refuses {options} ({' '.join(str(error).split())})."
-                    ) from None
-                for index, line in zip(
-                    indices, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
-                ):
-                    result[index] = line.strip()
-    finally:
-        model.train(was_training)
-    return result
-
-
-def _options(settings: Settings, most: int) -> dict[str, Any]:
-    """What ``generate`` is told."""
-    from transformers import GenerationConfig
-
-    known = GenerationConfig().to_dict()
-    if wrong := next((key for key in settings.generation if key not in known), None):
-        raise OptionError(f"generation: unknown key {wrong!r}.", nearest(wrong, known))
-    given = {key: settings.generation.get(key) for key in SINGLE}
-    if many := next((key for key, value in given.items() if value not in (None, SINGLE[key])), None):
-        raise OptionError(f"generation: {many} is not for this task.", "One plain text is written for each.")
-    own = {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
-    length = {} if "max_length" in settings.generation else {"max_new_tokens": most}
-    return length | settings.generation | {name: value for name, value in own.items() if value is not None}
+    most = usable_length(tokenizer, model.config, settings.target_length or max_length)
+    given = (
+        (where, {name: batch[name] for name in INPUTS[:2]})
+        for where, batch in batches(tokenizer, encoded, batch_size)
+    )
+    return generate(model, tokenizer, given, settings, most)
 
 
 def _evaluate(
@@ -285,7 +241,7 @@ def _forced(model: Any, tokenizer: Any, rows: "Dataset", batch_size: int, teache
     return figures | ({} if teacher is None else {"agreement": same / count})
 
 
-def needs(package: str, error: ImportError) -> DependencyError:
+def needs(package: str, error: ImportError, extra: str = "text") -> DependencyError:
     """The error for a metric whose package is missing."""
-    hint = "Install it: pip install 'layershare[text]'"
+    hint = f"Install it: pip install 'layershare[{extra}]'"
     return DependencyError(f"The figures need the package {package} ({error}).", hint)

@@ -33,6 +33,14 @@ def sound(cell: Any, folder: Path) -> Medium:
     return medium(cell, folder, whole, "a sound")
 
 
+def at_most(seconds: float, cell: Any, folder: Path) -> Medium:
+    """As :func:`sound`; ValueError also if it is longer, where a part of it would not be what is said of it."""
+    found = sound(cell, folder)
+    if (long := duration(found)) > seconds:
+        raise ValueError(f"lasts {long:.1f} s, and seconds is {seconds:g}")
+    return found
+
+
 folders = partial(folder_tables, role="audio", suffixes=SUFFIXES)
 """How a folder of sounds is read, see :func:`~layershare.tasks.media.folder_tables`."""
 
@@ -57,12 +65,37 @@ def length(one: Medium, rate: int) -> int:
     return -(-told.frames * (rate // common) // (told.samplerate // common))
 
 
+def duration(one: Medium) -> float:
+    """Its length in seconds, from the header alone."""
+    return float(_soundfile().info(stream(one)).duration)
+
+
+def halves(processor: Any) -> tuple[Any, Any]:
+    """What goes before such a model, and what goes behind it: its feature extractor and its tokenizer."""
+    found = getattr(processor, "feature_extractor", None), getattr(processor, "tokenizer", None)
+    if None in found:
+        raise ModelError(
+            f"A {type(processor).__name__} is not a feature extractor and a tokenizer in one.",
+            "Both must be in the model's folder.",
+        )
+    return found
+
+
 def with_samples(processor: Any, rows: "Dataset", seconds: float) -> "Dataset":
     """Rows with ``audio``, and how many ``samples`` of each are read, if the model can be told by a mask."""
-    if not processor.return_attention_mask:
+    if not _told(processor):
         return rows
     rate = processor.sampling_rate
     return rows.add_column("samples", [min(length(one, rate), int(seconds * rate)) for one in rows["audio"]])
+
+
+def _hears_spectrograms(processor: Any) -> bool:
+    return "input_features" in processor.model_input_names
+
+
+def _told(processor: Any) -> bool:
+    """Whether sounds of different length may stand in one batch."""
+    return processor.return_attention_mask and not _hears_spectrograms(processor)
 
 
 def collate(processor: Any, rows: Sequence[Mapping[str, Any]], *, seconds: float) -> "dict[str, Tensor]":
@@ -77,11 +110,11 @@ def collate(processor: Any, rows: Sequence[Mapping[str, Any]], *, seconds: float
     rate = processor.sampling_rate
     waves = [samples(row["audio"], rate)[: int(seconds * rate)] for row in rows]
     fixed = getattr(processor, "n_samples", int(seconds * rate))
-    how = (
-        {"padding": True}
-        if processor.return_attention_mask
-        else {"padding": "max_length", "max_length": fixed}
-    )
+    how: dict[str, Any] = {"padding": True}
+    if not _told(processor):
+        how = {"padding": "max_length", "max_length": fixed}
+        if _hears_spectrograms(processor):  # for a model that takes silence for silence it says where to look
+            how["return_attention_mask"] = True
     made = processor(waves, sampling_rate=rate, return_tensors="pt", **how)
     batch = {name: made[name] for name in INPUTS if name in made}
     if "labels" in rows[0]:
@@ -98,15 +131,13 @@ def counts(rows: Any, config: Any = None) -> dict[Any, list[int]]:
     return {"source": found if config is None else [frames(config, one) for one in found]}
 
 
-def mask_of(config: Any, batch: "Mapping[str, Tensor]") -> "Tensor | None":
+def mask_of(model: Any, batch: "Mapping[str, Tensor]") -> "Tensor | None":
     """[B, frames], 1 where the model hears sound and no padding; None where it is not told."""
-    import torch
+    from layershare.sharing.padding import frames_of
 
-    if "attention_mask" not in batch or not hasattr(config, "conv_kernel"):
-        return None
-    known = batch["attention_mask"]
-    places = torch.arange(frames(config, known.shape[1]), device=known.device)
-    return (places < frames(config, known.sum(1))[:, None]).long()
+    known = batch.get("attention_mask")
+    found = None if known is None else frames_of(model, known)
+    return None if found is None else found.long()
 
 
 def frames(config: Any, count: Any) -> Any:

@@ -77,6 +77,8 @@ class Outputs:
         target_mask: [B, U], the same of the target; None without one.
         along: whose tokens the logits belong to; None: to the whole input.
         encoder: so many of the layers are an encoder's, in front of a decoder; None where there is but one.
+        blank: the class that means nothing where logits spell a text that they are not aligned with (CTC); else None.
+        loss: the model's own, of the ``labels`` it was given, where it does not follow from the logits; else None.
     """
 
     embedding: "Tensor | None"
@@ -86,6 +88,8 @@ class Outputs:
     target_mask: "Tensor | None" = None
     along: Axis | None = None
     encoder: int | None = None
+    blank: int | None = None
+    loss: "Tensor | None" = None
 
     def axis(self, layer: int) -> Axis:
         """Along what the hidden states of a layer lie; positions count from 0, through encoder and decoder."""
@@ -180,7 +184,8 @@ class Task:
 
     Attributes:
         name: as the command line spells it.
-        auto_class: the class in transformers that loads such a model.
+        auto_class: the class in transformers that loads such a model; where there are several, for models of different
+            types, their names with ``|`` between them.
         processor: the class in transformers that loads what goes before it: a tokenizer, an image processor, a feature
             extractor, or several in one. It is what ``encode``, ``collate`` and ``evaluate`` get as ``tokenizer``.
         unit: what one input is, in a word.
