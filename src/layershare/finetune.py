@@ -29,6 +29,7 @@ HEADS: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     "AutoModelForAudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
 """Auto class -> model type -> class, of the tasks whose models have a head for the labels of the data."""
@@ -114,6 +115,10 @@ def finetune(
     length = usable_length(tokenizer, net.config, config.max_length)
     assert found.train is not None
     rows = kind.encode(tokenizer, found.train, length, net.config)
+    if "labels" not in rows.column_names:
+        raise DataError(
+            "The data says nothing of what is true of it, so there is nothing to learn.", "Give labels."
+        )
     config = _settled(config, len(rows))
     with new_folder(out, resume=True) as folder:
         judged = found.test if found.test is not None else found.validation
@@ -129,9 +134,10 @@ def finetune(
         with timed("judge before", seconds):
             before = brief("before", net, judge(net, judged))
         best = Best(judge, metric, kind.higher_is_better, config.judge_every, config.patience)
+        collator = Collator(tokenizer, collate=kind.varied or kind.collate)
         with timed("train", seconds):
             history = train(
-                net, rows, Collator(tokenizer, collate=kind.collate), _loss(kind, config), config, folder,
+                net, rows, collator, _loss(kind, config), config, folder,
                 resume=resume, quiet=quiet, callbacks=[best], lengths=lengths(kind.counts(rows), rows),
             )  # fmt: skip
         net.cpu()
@@ -240,11 +246,11 @@ def _with_head(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_he
 
 
 def _renew_head(net: Any) -> None:
-    """Draw the weights outside the base model anew."""
+    """Draw the weights outside the base model anew, save those that place boxes, which no label changes."""
     base = getattr(net, net.base_model_prefix)
     inside = {id(module) for module in base.modules()}
-    for module in net.modules():
-        if module is not net and id(module) not in inside:
+    for name, module in net.named_modules():
+        if module is not net and id(module) not in inside and "bbox" not in name:
             for parameter in module.parameters(recurse=False):
                 parameter._is_hf_initialized = False
             module._is_hf_initialized = False
@@ -254,7 +260,7 @@ def _renew_head(net: Any) -> None:
 def _loss(kind: Task, config: FinetuneConfig) -> Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]:
     def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         model.train(config.dropout)
-        outputs = kind.forward(model, {name: batch[name] for name in kind.inputs if name in batch})
+        outputs = kind.forward(model, kind.given(batch, learning=True))
         return {"label": kind.loss(outputs, batch["labels"])}
 
     return compute_loss

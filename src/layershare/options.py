@@ -19,7 +19,8 @@ Task = Annotated[
     str,
     typer.Option(
         help="What the model is for: sentence-embedding, text-classification, token-classification, translation, "
-        "summarization, masked-lm, causal-lm, span-corruption, image-classification or audio-classification."
+        "summarization, masked-lm, causal-lm, span-corruption, image-classification, "
+        "object-detection or audio-classification."
     ),
 ]
 TaskSet = Annotated[

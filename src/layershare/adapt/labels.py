@@ -39,7 +39,7 @@ def learn(
 
     def compute_loss(wrapped: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         wrapped.train(config.dropout)
-        outputs = task.forward(wrapped, {name: batch[name] for name in task.inputs if name in batch})
+        outputs = task.forward(wrapped, task.given(batch, learning=True))
         return {"labels": task.loss(outputs, batch["labels"])}
 
     long = lengths(task.counts(dataset), dataset)

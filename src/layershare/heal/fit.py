@@ -12,8 +12,7 @@ from layershare.tasks import Task
 
 def active_weights(task: Task, weights: Mapping[str, float], labelled: bool) -> dict[str, float]:
     """The terms that are left for a task, by name. OptionError when none is, or labels are wanted without any there."""
-    usable = ["hidden", "relation"]
-    usable += ["embedding", "similarity"] if task.auto_class == "AutoModel" else ["logits", "labels"]
+    usable = ["hidden", "relation", *task.terms]
     if weights["labels"] > 0 and "labels" in usable and not labelled:
         raise OptionError(
             f"weights.labels is {weights['labels']:g}, but {task.name} has no labels to train on here.",
@@ -34,9 +33,9 @@ def check_pair(student: Any, teacher: Any, tokenizer: Any, active: Mapping[str, 
     ours, theirs = student.config, teacher.config
     if {"logits", "labels"} & active.keys():
         check_labels(ours, theirs)
-    if "embedding" in active and ours.hidden_size != theirs.hidden_size:
+    if "embedding" in active and (widths := [_width(config) for config in (ours, theirs)])[0] != widths[1]:
         raise ModelError(
-            f"The embeddings differ in width (student {ours.hidden_size}, teacher {theirs.hidden_size}).",
+            f"The embeddings differ in width (student {widths[0]}, teacher {widths[1]}).",
             "Set weights.embedding to 0; weights.similarity serves any width.",
         )
 
@@ -134,3 +133,8 @@ def relation_heads(student: Any, teacher: Any, config: DistillConfig) -> int:
 
 def _named(student: Any, teacher: Any) -> tuple[tuple[str, Any], tuple[str, Any]]:
     return ("student", student), ("teacher", teacher)
+
+
+def _width(config: Any) -> int:
+    """Of the embeddings: where two towers meet, of the space that both are projected into."""
+    return config.projection_dim if hasattr(config, "text_config") else config.hidden_size

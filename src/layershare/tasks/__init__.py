@@ -15,6 +15,7 @@ from layershare.tasks import (
     causal_lm,
     image_classification,
     masked_lm,
+    object_detection,
     sentence_embedding,
     span_corruption,
     summarization,
@@ -34,6 +35,7 @@ TASKS: dict[str, Task] = {
     "translation": translation.TASK,
     "summarization": summarization.TASK,
     "image-classification": image_classification.TASK,
+    "object-detection": object_detection.TASK,
     "audio-classification": audio_classification.TASK,
 }
 

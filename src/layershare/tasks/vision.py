@@ -40,18 +40,27 @@ def collate(processor: Any, rows: Sequence[Mapping[str, Any]]) -> "dict[str, Ten
     """Rows with an ``image``, and ``labels`` where they have any -> ``pixel_values`` [B, channels, height, width]."""
     import torch
 
+    batch = pixel_batch(processor, rows)
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    return batch
+
+
+def pixel_batch(processor: Any, rows: Sequence[Mapping[str, Any]], **how: Any) -> "dict[str, Tensor]":
+    """The ``pixel_values`` alone. ``how``: for the image processor."""
+    import torch
+
     # One by one: a processor may pad images of a batch to each other, and then what a model says of one depends on all.
-    each = [processor(images=[pixels(row["image"])], return_tensors="pt")["pixel_values"] for row in rows]
+    each = [
+        processor(images=[pixels(row["image"])], return_tensors="pt", **how)["pixel_values"] for row in rows
+    ]
     if odd := next((i for i, one in enumerate(each) if one.shape != each[0].shape), None):
         raise DataError(
             f"{rows[odd]['image']['path'] or 'An image'} becomes {list(each[odd].shape[1:])} pixels, the others "
             f"{list(each[0].shape[1:])}.",
             "Set the image processor to one size, in preprocessor_config.json beside the model.",
         )
-    batch = {"pixel_values": torch.cat(each)}
-    if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
-    return batch
+    return {"pixel_values": torch.cat(each)}
 
 
 def counts(rows: Any, config: Any = None) -> dict[Any, list[int]]:  # noqa: ARG001 - as for every task
