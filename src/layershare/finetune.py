@@ -30,9 +30,10 @@ HEADS: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    "AutoModelForPreTraining": auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     "AutoModelForAudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
-"""Auto class -> model type -> class, of the tasks whose models have a head for the labels of the data."""
+"""Auto class -> model type -> class, of the tasks whose models are made here, or get a head for the data's labels."""
 
 
 class FinetuneConfig(TrainConfig):
@@ -115,7 +116,7 @@ def finetune(
     length = usable_length(tokenizer, net.config, config.max_length)
     assert found.train is not None
     rows = kind.encode(tokenizer, found.train, length, net.config)
-    if "labels" not in rows.column_names:
+    if not kind.self_supervised and "labels" not in rows.column_names:
         raise DataError(
             "The data says nothing of what is true of it, so there is nothing to learn.", "Give labels."
         )
@@ -179,12 +180,12 @@ def _fresh_start(model: str | Path, kind: Task, size: Mapping[str, Any] | None) 
 def _fresh(start: Start, kind: Task, data: Data, seed: int) -> tuple[Any, Any]:
     """(processor, model of random weights in float32) of a config, with a head for the labels of the data."""
     assert kind.fresh is not None
-    assert kind.head is not None
-    for name, value in kind.head(data).items():
+    for name, value in (kind.head(data) if kind.head else {}).items():
         setattr(start.config, name, value)
     names = HEADS[kind.auto_class].get(start.config.model_type)
     if names is None:
         raise ModelError(f"{start.config.model_type} has no head for {kind.name} in transformers.")
+    kind.check(data, start.config)
     start.config.architectures = [names if isinstance(names, str) else names[0]]  # DeiT has two
     processor = kind.fresh(start.config)
     torch.manual_seed(seed)
@@ -261,7 +262,7 @@ def _loss(kind: Task, config: FinetuneConfig) -> Callable[[nn.Module, dict[str, 
     def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         model.train(config.dropout)
         outputs = kind.forward(model, kind.given(batch, learning=True))
-        return {"label": kind.loss(outputs, batch["labels"])}
+        return {"label": kind.loss(outputs, batch.get("labels"))}
 
     return compute_loss
 

@@ -85,7 +85,8 @@ def distill(
         for model in (teacher, student):
             task.check(data, model.config)
     dataset = questions(task, tokenizer, data, teacher.config, config)
-    weights = active_weights(task, config.weights.model_dump(), "labels" in dataset.column_names)
+    labelled = task.self_supervised or "labels" in dataset.column_names
+    weights = active_weights(task, config.weights.model_dump(), labelled)
     check_pair(student, teacher, tokenizer, weights)
     given = layer_map if config.layer_map is None else config.layer_map
     pairs = layer_pairs(student, teacher, given) if "hidden" in weights else []
@@ -146,7 +147,7 @@ def loss_terms(
     lambda_mse: float = 1.0,
     labels: Tensor | None = None,
     maps: Sequence[Callable[[Tensor], Tensor]] | None = None,
-    true_loss: Callable[[Outputs, Tensor], Tensor] = label_loss,
+    true_loss: Callable[[Outputs, Any], Tensor] = label_loss,
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss for one batch, by name; ``weights`` says which. Without labels 0 for equal models.
 
@@ -168,7 +169,7 @@ def loss_terms(
             terms["logits"] = losses.match_logits(
                 outputs.logits, target.logits, temperature, lambda_mse, mask
             )
-    if labels is not None and "labels" in weights:
+    if "labels" in weights and (labels is not None or outputs.loss is not None):
         terms["labels"] = true_loss(outputs, labels)
     if outputs.values is not None and target.values is not None and "values" in weights:
         terms["values"] = losses.value_error(outputs.values, target.values, target.value_weights)

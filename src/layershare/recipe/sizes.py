@@ -118,8 +118,8 @@ def _pretrained(stage: PretrainStage, taken: Mapping[str, Size]) -> Size:
 def _fresh(stage: FinetuneStage, source: Source) -> Size:
     """A model that fine-tuning makes itself."""
     task, start = source.kind, find_start(stage.model, stage.size)
-    assert task.head is not None
-    for name, value in task.head(task.read(source.paths, **source.reading())).items():
+    head = task.head(task.read(source.paths, **source.reading())) if task.head else {}
+    for name, value in head.items():
         setattr(start.config, name, value)
     with torch.device("meta"):
         return _of(getattr(transformers, task.auto_class).from_config(start.config))

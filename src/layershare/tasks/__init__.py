@@ -14,6 +14,7 @@ from layershare.tasks import (
     audio_classification,
     causal_lm,
     image_classification,
+    masked_image_modeling,
     masked_lm,
     object_detection,
     sentence_embedding,
@@ -35,6 +36,7 @@ TASKS: dict[str, Task] = {
     "translation": translation.TASK,
     "summarization": summarization.TASK,
     "image-classification": image_classification.TASK,
+    "masked-image-modeling": masked_image_modeling.TASK,
     "object-detection": object_detection.TASK,
     "audio-classification": audio_classification.TASK,
 }

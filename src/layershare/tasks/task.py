@@ -136,7 +136,7 @@ class _Counts(Protocol):
 
 
 class _Loss(Protocol):
-    def __call__(self, outputs: Outputs, labels: "Tensor") -> "Tensor": ...
+    def __call__(self, outputs: Outputs, labels: Any) -> "Tensor": ...
 
 
 class _Texts(Protocol):
@@ -227,6 +227,8 @@ class Task:
         varied: like ``collate``, of rows with their ``position`` in a run of training from which follows what is drawn
             anew each time; None: as ``collate``.
         learns: whether ``encode`` can give labels, so that a model can be trained on them.
+        self_supervised: the input is itself what is to be learnt, by the model's own loss, and no label is needed. Then
+            ``encode`` always gets the config.
         head: Data -> the keys of a config for a new head that answers with the labels of the data; None where a model
             has no such head.
         fresh: a config -> the processor of a model that is made from this config alone; None where that takes training.
@@ -256,6 +258,7 @@ class Task:
     terms: tuple[str, ...] = ("logits", "labels")
     varied: _Collate | None = None
     learns: bool = False
+    self_supervised: bool = False
     head: Callable[[Data], dict[str, Any]] | None = None
     fresh: Callable[[Any], Any] | None = None
     configure: "Callable[[Mapping[str, Any]], Task] | None" = None
