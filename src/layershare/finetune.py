@@ -18,9 +18,10 @@ from layershare.heal.collator import Collator
 from layershare.heal.fit import vocabulary
 from layershare.measure.brief import brief, result_of, spread, timed
 from layershare.pretrain.start import Start, find_start
+from layershare.pretrain.tokenizer import words_for
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import load_processor, load_under_head, new_folder, sketch
+from layershare.store.open import Processors, load_processor, load_under_head, new_folder, sketch
 from layershare.tasks import TASKS, Data, Task, get_task
 from layershare.tasks.encoding import lengths, usable_length
 from layershare.train import TrainConfig, train
@@ -31,6 +32,7 @@ HEADS: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     "AutoModelForPreTraining": auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    "AutoModelForZeroShotImageClassification": auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForAudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
 """Auto class -> model type -> class, of the tasks whose models are made here, or get a head for the data's labels."""
@@ -188,6 +190,8 @@ def _fresh(start: Start, kind: Task, data: Data, seed: int) -> tuple[Any, Any]:
     kind.check(data, start.config)
     start.config.architectures = [names if isinstance(names, str) else names[0]]  # DeiT has two
     processor = kind.fresh(start.config)
+    if "+" in kind.processor:
+        processor = Processors(processor, words_for(start.config, kind.texts(data)))
     torch.manual_seed(seed)
     try:
         net = getattr(transformers, kind.auto_class).from_config(start.config).float()

@@ -20,7 +20,7 @@ Task = Annotated[
     typer.Option(
         help="What the model is for: sentence-embedding, text-classification, token-classification, translation, "
         "summarization, masked-lm, causal-lm, span-corruption, image-classification, "
-        "object-detection, masked-image-modeling or audio-classification."
+        "zero-shot-image-classification, object-detection, masked-image-modeling or audio-classification."
     ),
 ]
 TaskSet = Annotated[

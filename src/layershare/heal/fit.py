@@ -7,6 +7,7 @@ from torch import nn
 
 from layershare.errors import ModelError, OptionError
 from layershare.heal.config import DistillConfig
+from layershare.heal.layers import has_towers
 from layershare.tasks import Task
 
 
@@ -115,6 +116,11 @@ def check_labels(student: Any, teacher: Any) -> None:
 
 def relation_heads(student: Any, teacher: Any, config: DistillConfig) -> int:
     """Into how many pieces the queries, keys and values of both models are cut."""
+    if not hasattr(teacher.config, "num_attention_heads"):
+        raise OptionError(
+            f"Relations are not compared in a {teacher.config.model_type} model.",
+            "Set weights.relation to 0.",
+        )
     heads = config.relation_heads or teacher.config.num_attention_heads
     for name, model in _named(student, teacher):
         size = model.config.hidden_size
@@ -137,4 +143,4 @@ def _named(student: Any, teacher: Any) -> tuple[tuple[str, Any], tuple[str, Any]
 
 def _width(config: Any) -> int:
     """Of the embeddings: where two towers meet, of the space that both are projected into."""
-    return config.projection_dim if hasattr(config, "text_config") else config.hidden_size
+    return config.projection_dim if has_towers(config) else config.hidden_size

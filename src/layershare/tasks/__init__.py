@@ -23,6 +23,7 @@ from layershare.tasks import (
     text_classification,
     token_classification,
     translation,
+    zero_shot_image_classification,
 )
 from layershare.tasks.task import Data, Outputs, Task
 
@@ -37,6 +38,7 @@ TASKS: dict[str, Task] = {
     "summarization": summarization.TASK,
     "image-classification": image_classification.TASK,
     "masked-image-modeling": masked_image_modeling.TASK,
+    "zero-shot-image-classification": zero_shot_image_classification.TASK,
     "object-detection": object_detection.TASK,
     "audio-classification": audio_classification.TASK,
 }

@@ -76,13 +76,16 @@ def fresh_processor(config: Any) -> Any:
     )
 
     _pillow()
-    name = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
+    # Of a model that also reads or writes texts, the part that sees.
+    sees = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
+    known = (IMAGE_PROCESSOR_MAPPING_NAMES.get(one.model_type, {}) for one in (config, sees))
+    name = next((names["pil"] for names in known if "pil" in names), None)
     if name is None:
         raise ModelError(
             f"transformers has no image processor for {config.model_type} that needs only Pillow."
         )
     made: Any = get_image_processor_class_from_name(name)()
-    size = getattr(config, "image_size", None)
+    size = getattr(sees, "image_size", None)
     if size is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         made.size = {"height": height, "width": width}
