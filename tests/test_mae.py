@@ -73,6 +73,14 @@ def test_both_stacks_are_shared_and_the_student_learns_to_paint_again(
     assert measured[1].metrics["error"] == pytest.approx(small.metrics["error"], rel=1e-4)
 
 
+def test_a_fresh_model_knows_where_its_patches_are(teacher: Path):
+    model = AutoModelForPreTraining.from_pretrained(teacher)
+    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        apart = torch.cdist(table[0], table[0]) + torch.eye(17)
+        assert table.shape[1] == 17
+        assert apart.min() > 0.1
+
+
 def test_the_error_is_that_of_the_hidden_pixels(teacher: Path, folder: Path):
     model = AutoModelForPreTraining.from_pretrained(teacher).eval()
     processor = AutoImageProcessor.from_pretrained(teacher, backend="pil")

@@ -33,6 +33,7 @@ HEADS: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     "AutoModelForPreTraining": auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     "AutoModelForZeroShotImageClassification": auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "AutoModelForAudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
 """Auto class -> model type -> class, of the tasks whose models are made here, or get a head for the data's labels."""
@@ -195,6 +196,8 @@ def _fresh(start: Start, kind: Task, data: Data, seed: int) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     try:
         net = getattr(transformers, kind.auto_class).from_config(start.config).float()
+        if kind.begin is not None:
+            kind.begin(net)
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"{start.name}: no model can be made of this config ({why}).") from error

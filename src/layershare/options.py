@@ -19,7 +19,7 @@ Task = Annotated[
     str,
     typer.Option(
         help="What the model is for: sentence-embedding, text-classification, token-classification, translation, "
-        "summarization, masked-lm, causal-lm, span-corruption, image-classification, "
+        "summarization, masked-lm, causal-lm, span-corruption, image-classification, image-to-text, "
         "zero-shot-image-classification, object-detection, masked-image-modeling or audio-classification."
     ),
 ]

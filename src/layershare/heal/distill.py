@@ -161,7 +161,7 @@ def loss_terms(
             terms["embedding"] = losses.embedding_cosine(outputs.embedding, target.embedding)
         if "similarity" in weights:
             terms["similarity"] = losses.similarity(outputs.embedding, target.embedding)
-        if "contrast" in weights:
+        if "contrast" in weights and outputs.embedding.ndim == 3:
             terms["contrast"] = losses.contrast(outputs.embedding, target.embedding, temperature)
     if outputs.logits is not None:
         mask = outputs.mask_of(outputs.along)

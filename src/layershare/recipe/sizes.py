@@ -122,7 +122,8 @@ def _fresh(stage: FinetuneStage, source: Source) -> Size:
     for name, value in head.items():
         setattr(start.config, name, value)
     with torch.device("meta"):
-        return _of(getattr(transformers, task.auto_class).from_config(start.config))
+        size = _of(getattr(transformers, task.auto_class).from_config(start.config))
+    return replace(size, exact="+" not in task.processor)  # a tokenizer that is learnt may give fewer tokens
 
 
 def _with_head(taken: Size, source: Source) -> Size:

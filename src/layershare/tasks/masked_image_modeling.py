@@ -89,6 +89,15 @@ def check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for 
         )
 
 
+def begin(model: Any) -> None:
+    """Give a fresh model the fixed positions of its patches: transformers 5.23 leaves them 0, in encoder and decoder,
+    and never trains them, so that all patches would be one to it."""
+    embeddings = model.vit.embeddings
+    embeddings.patch_embeddings.projection._is_hf_initialized = False
+    embeddings.initialize_weights()
+    model.decoder.initialize_weights(embeddings.patch_embeddings.num_patches)
+
+
 def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states: bool = False) -> Outputs:
     """Pixels of each patch as values [B, patches, pixels], of which those count that were hidden. Hidden states are the
     encoder's."""
@@ -172,6 +181,7 @@ def configure(values: Mapping[str, Any]) -> Task:
         learns=True,
         self_supervised=True,
         fresh=vision.fresh_processor,
+        begin=begin,
         configure=configure,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
     )

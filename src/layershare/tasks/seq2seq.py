@@ -7,7 +7,7 @@ with ``generate``, as the user sets it. Hidden states are those of the encoder, 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,9 @@ Measure = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 """(what the model wrote, what is right) -> figures."""
 
 
-class Settings(Config):
-    """How texts are given to the model, and how it writes."""
+class Writing(Config):
+    """How a model writes."""
 
-    prefix: str = Field(
-        "", description="Put before every text, as T5 wants it: 'translate English to German: '."
-    )
     target_length: int = Field(
         0, ge=0, description="Longer targets are cut to this many tokens in training; 0: as the texts are."
     )
@@ -50,6 +47,14 @@ class Settings(Config):
     )
     generation: dict[str, Any] = Field(
         {}, description="Other settings of transformers' generate, as length_penalty or no_repeat_ngram_size."
+    )
+
+
+class Settings(Writing):
+    """How texts are given to the model, and how it writes."""
+
+    prefix: str = Field(
+        "", description="Put before every text, as T5 wants it: 'translate English to German: '."
     )
 
 
@@ -116,12 +121,15 @@ def _encode(
 
     pairs = list(dict.fromkeys(zip(dataset["text"][:], dataset["target"][:], strict=True)))
     columns = encode(tokenizer, [settings.prefix + source for source, _ in pairs], max_length)
-    most, end = settings.target_length or max_length, _end(tokenizer, config)
-    written = tokenizer(
-        text_target=[target for _, target in pairs], truncation=True, max_length=most, padding=False
-    )
-    labels = [_ended(ids, end, most) for ids in written["input_ids"]]
+    labels = targets(tokenizer, [target for _, target in pairs], settings.target_length or max_length, config)
     return Dataset.from_dict({name: columns[name] for name in INPUTS[:2]} | {"labels": labels})
+
+
+def targets(tokenizer: Any, texts: Sequence[str], most: int, config: Any) -> list[list[int]]:
+    """The token ids of what a model is to write, at most so many, with the token that ends a text."""
+    end = _end(tokenizer, config)
+    written = tokenizer(text_target=list(texts), truncation=True, max_length=most, padding=False)
+    return [_ended(ids, end, most) for ids in written["input_ids"]]
 
 
 def _end(tokenizer: Any, config: Any) -> int | None:
@@ -167,7 +175,7 @@ def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states:
         )
     written = (batch["labels"] != IGNORED).long()
     return Outputs(
-        None, out.logits, states, batch["attention_mask"], written, along="target", encoder=encoder
+        None, out.logits, states, batch.get("attention_mask"), written, along="target", encoder=encoder
     )
 
 
@@ -180,25 +188,41 @@ def write(
     batch_size: int = 64,
     max_length: int | None = None,
 ) -> list[str]:
-    """What the model writes for each text, in order. Seeded where ``generation`` samples; the model's mode stays.
-
-    Raises OptionError for settings that ``generate`` does not take.
-    """
-    import torch
-
+    """What the model writes for each text, in order; see :func:`generated`."""
     settings = settings or Settings()
     length = usable_length(tokenizer, model.config, max_length)
     encoded = encode(tokenizer, [settings.prefix + source for source in sources], length)
-    options = _options(settings, usable_length(tokenizer, model.config, settings.target_length or max_length))
+    most = usable_length(tokenizer, model.config, settings.target_length or max_length)
+    asked = batches(tokenizer, encoded, batch_size)
+    inputs = ((where, {name: batch[name] for name in INPUTS[:2]}) for where, batch in asked)
+    return generated(model, tokenizer, inputs, len(sources), settings, most)
+
+
+def generated(
+    model: Any,
+    tokenizer: Any,
+    asked: "Iterable[tuple[Sequence[int], Mapping[str, Tensor]]]",
+    count: int,
+    settings: Writing,
+    most: int,
+) -> list[str]:
+    """What the model writes, ``most`` tokens each at the most, for ``count`` inputs: (their numbers, a batch of them).
+
+    Seeded where ``generation`` samples; the model's mode stays. Raises OptionError for settings that ``generate`` does
+    not take.
+    """
+    import torch
+
+    options = _options(settings, most)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    result = [""] * len(sources)
+    result = [""] * count
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for indices, batch in batches(tokenizer, encoded, batch_size):
-                inputs = {name: batch[name].to(device) for name in INPUTS[:2]}
+            for indices, batch in asked:
+                inputs = {name: value.to(device) for name, value in batch.items()}
                 try:
                     written = model.generate(**inputs, **options)
                 except (ValueError, TypeError) as error:
@@ -214,7 +238,7 @@ def write(
     return result
 
 
-def _options(settings: Settings, most: int) -> dict[str, Any]:
+def _options(settings: Writing, most: int) -> dict[str, Any]:
     """What ``generate`` is told."""
     from transformers import GenerationConfig
 
@@ -248,14 +272,25 @@ def _evaluate(
     rows = _encode(
         settings, tokenizer, dataset, usable_length(tokenizer, model.config, max_length), model.config
     )
-    return measure(written, dataset["target"][:]) | _forced(model, tokenizer, rows, batch_size, teacher)
+    columns = {name: rows[name][:] for name in INPUTS}
+    return measure(written, dataset["target"][:]) | forced(
+        model, tokenizer, columns, batch_size, teacher, collate, counts
+    )
 
 
-def _forced(model: Any, tokenizer: Any, rows: "Dataset", batch_size: int, teacher: Any) -> dict[str, float]:
+def forced(
+    model: Any,
+    tokenizer: Any,
+    columns: Mapping[str, Sequence[Any]],
+    batch_size: int,
+    teacher: Any,
+    collate: Callable[..., "dict[str, Tensor]"],
+    counts: Callable[..., Mapping[Any, Sequence[int]]],
+) -> dict[str, float]:
+    """``perplexity`` of the ``labels`` among the columns of inputs, and ``agreement`` with a teacher about them."""
     import torch
 
     device = next(model.parameters()).device
-    columns = {name: rows[name][:] for name in INPUTS}
     longest = max(map(len, columns["labels"]))
     size = max(
         1, min(batch_size, LOGITS // (longest * model.config.get_text_config(decoder=True).vocab_size))
@@ -265,7 +300,7 @@ def _forced(model: Any, tokenizer: Any, rows: "Dataset", batch_size: int, teache
     model.eval()
     try:
         with torch.no_grad():
-            for _, batch in batches(tokenizer, columns, size, collate):
+            for _, batch in batches(tokenizer, columns, size, collate, counts):
                 inputs = {name: values.to(device) for name, values in batch.items()}
                 asked = inputs["labels"] != IGNORED
                 logits = forward(model, inputs).logits

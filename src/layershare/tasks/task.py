@@ -232,6 +232,7 @@ class Task:
         head: Data -> the keys of a config for a new head that answers with the labels of the data; None where a model
             has no such head.
         fresh: a config -> the processor of a model that is made from this config alone; None where that takes training.
+        begin: gives a model that was made from nothing what its class leaves undone; None where that is nothing.
         configure: settings, as a task takes them -> the task with these settings; None for a task without any.
         settings: those that differ from the defaults, JSON-ready; with the name they say which task it is.
     """
@@ -261,6 +262,7 @@ class Task:
     self_supervised: bool = False
     head: Callable[[Data], dict[str, Any]] | None = None
     fresh: Callable[[Any], Any] | None = None
+    begin: Callable[[Any], None] | None = None
     configure: "Callable[[Mapping[str, Any]], Task] | None" = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
