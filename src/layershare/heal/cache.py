@@ -294,5 +294,6 @@ def _target(values: Mapping[str, Tensor], wanted: Wanted) -> Target:
         logits,
         {layer: values[f"hidden-{layer}"] for layer in wanted.hidden},
         {name: values[key] for name, key in relations.items() if key in values},
-        **{name: values.get(name) for name in VALUES},
+        values=values.get("values"),
+        value_weights=values.get("value_weights"),
     )

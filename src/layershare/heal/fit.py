@@ -64,7 +64,7 @@ def check_words(student: Any, teacher: Any, tokenizer: Any) -> None:
 def vocabulary(model: Any) -> int | None:
     """How many tokens the model's table knows; None for a model that reads no tokens."""
     try:
-        table = model.get_input_embeddings()
+        table = (model.text_model if has_towers(model) else model).get_input_embeddings()
     except NotImplementedError:
         return None
     return table.num_embeddings if isinstance(table, nn.Embedding) else None
@@ -143,4 +143,7 @@ def _named(student: Any, teacher: Any) -> tuple[tuple[str, Any], tuple[str, Any]
 
 def _width(config: Any) -> int:
     """Of the embeddings: where two towers meet, of the space that both are projected into."""
-    return config.projection_dim if has_towers(config) else config.hidden_size
+    if hasattr(config, "hidden_size"):
+        return config.hidden_size
+    text = config.text_config
+    return getattr(config, "projection_dim", None) or getattr(text, "projection_size", text.hidden_size)

@@ -42,12 +42,12 @@ def parts_of(model: Any) -> tuple[nn.Module, ...]:
     for texts, or the whole model."""
     if model.config.is_encoder_decoder:
         return model.get_encoder(), model.get_decoder()
-    return (model.vision_model, model.text_model) if has_towers(model.config) else (model,)
+    return (model.vision_model, model.text_model) if has_towers(model) else (model,)
 
 
-def has_towers(config: Any) -> bool:
+def has_towers(model: Any) -> bool:
     """Whether images and texts are read side by side, each by layers of their own."""
-    return hasattr(config, "vision_config") and hasattr(config, "text_config")
+    return hasattr(model, "vision_model") and hasattr(model, "text_model")
 
 
 def depths(model: Any) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ def widths(config: Any) -> tuple[int, ...]:
     """The hidden size; where parts have configs of their own, that of each."""
     if hasattr(config, "hidden_size"):
         return (config.hidden_size,)
-    names = ("vision_config", "text_config") if has_towers(config) else ("encoder", "decoder")
+    names = ("vision_config", "text_config") if hasattr(config, "vision_config") else ("encoder", "decoder")
     return tuple(getattr(config, name).hidden_size for name in names)
 
 

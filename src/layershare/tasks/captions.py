@@ -1,6 +1,7 @@
 """Images with texts: a caption each, or what a template makes of the image's label."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
@@ -53,8 +54,11 @@ def read_captions(
         paths, test, validation, candidates=COLUMNS, given=columns, optional=OPTIONAL, folders=vision.folders,
         convert={"caption": text, "label": label}, beside={"image": vision.image}, stratify="label", **how,
     )  # fmt: skip
-    if "caption" in data.columns:
-        return data
+    if "caption" in data.columns:  # then it does not matter what labels there are
+        plain = {
+            name: part and part.select_columns(["image", "caption"]) for name, part in data.splits.items()
+        }
+        return replace(data, **plain, labels=())
     if "label" not in data.columns:
         raise DataError(
             f"{data.files[0]}: no column for the caption (looked for {', '.join(COLUMNS['caption'])}) nor for a label.",
@@ -62,9 +66,7 @@ def read_captions(
         )
     parts = {name: part and _named(part, template) for name, part in data.splits.items()}
     note = f"Captions: {template!r}, of the label of each image."
-    return Data(
-        **parts, columns=data.columns, sha256=data.sha256, labels=data.labels, notes=(*data.notes, note)
-    )
+    return replace(data, **parts, notes=(*data.notes, note))
 
 
 def _named(part: "Dataset", template: str) -> "Dataset":
