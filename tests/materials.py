@@ -180,6 +180,23 @@ def speecht5(path: Path, tokenizer: Any) -> None:
     SpeechT5Processor(SpeechT5FeatureExtractor(num_mel_bins=20), tokenizer).save_pretrained(path)
 
 
+def scattered(path: Path, tokenizer: Any) -> None:
+    """Dark images with a grey square of label 0 or a light one of label 1, and where it is."""
+    import numpy as np
+    from PIL import Image
+
+    draw, lines = random.Random(0), []
+    path.mkdir(parents=True)
+    for number in range(20):
+        x, y, label = draw.randint(0, 40), draw.randint(0, 40), number % 2
+        pixels = np.zeros((64, 64), np.uint8)
+        pixels[y : y + 20, x : x + 20] = 100 + 150 * label
+        Image.fromarray(pixels).save(path / f"{number:04}.png")
+        objects = {"bbox": [[x, y, 20, 20]], "category": [str(label)]}
+        lines.append(json.dumps({"file_name": f"{number:04}.png", "objects": objects}))
+    (path / "metadata.jsonl").write_text("\n".join(lines))
+
+
 MATERIALS: dict[str, Maker] = {
     "openai/whisper-tiny.en": whisper,
     "facebook/wav2vec2-base-960h": wav2vec2_ctc,
@@ -187,6 +204,7 @@ MATERIALS: dict[str, Maker] = {
     "recordings.csv": spoken,
     "spoken.csv": spoken,
     "facebook/wav2vec2-base": wav2vec2,
+    "scattered": scattered,
     "photos": photos,
     "sounds": sounds,
     "sentence-transformers/all-MiniLM-L6-v2": model("bert"),

@@ -17,9 +17,17 @@ from layershare.heal.collator import Collator
 from layershare.heal.fit import vocabulary
 from layershare.measure.brief import brief, result_of, spread, timed
 from layershare.pretrain.start import Start, find_start
+from layershare.pretrain.tokenizer import words_for
 from layershare.result import Result
 from layershare.sharing import plan_of
-from layershare.store.open import auto_class_of, load_processor, load_under_head, new_folder, sketch
+from layershare.store.open import (
+    Processors,
+    auto_class_of,
+    load_processor,
+    load_under_head,
+    new_folder,
+    sketch,
+)
 from layershare.tasks import TASKS, Data, Task, get_task
 from layershare.tasks.encoding import lengths, usable_length
 from layershare.train import TrainConfig, train
@@ -28,9 +36,13 @@ HEADS: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForObjectDetection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    "AutoModelForPreTraining": auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    "AutoModelForZeroShotImageClassification": auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "AutoModelForAudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
-"""Auto class -> model type -> class, of the tasks whose models have a head for the labels of the data."""
+"""Auto class -> model type -> class, of the tasks whose models are made here, or get a head for the data's labels."""
 
 
 class FinetuneConfig(TrainConfig):
@@ -113,6 +125,10 @@ def finetune(
     length = usable_length(tokenizer, net.config, config.max_length)
     assert found.train is not None
     rows = kind.encode(tokenizer, found.train, length, net.config)
+    if not kind.self_supervised and "labels" not in rows.column_names:
+        raise DataError(
+            "The data says nothing of what is true of it, so there is nothing to learn.", "Give labels."
+        )
     config = _settled(config, len(rows))
     with new_folder(out, resume=True) as folder:
         judged = found.test if found.test is not None else found.validation
@@ -128,9 +144,10 @@ def finetune(
         with timed("judge before", seconds):
             before = brief("before", net, judge(net, judged))
         best = Best(judge, metric, kind.higher_is_better, config.judge_every, config.patience)
+        collator = Collator(tokenizer, collate=kind.varied or kind.collate)
         with timed("train", seconds):
             history = train(
-                net, rows, Collator(tokenizer, collate=kind.collate), _loss(kind, config), config, folder,
+                net, rows, collator, _loss(kind, config), config, folder,
                 resume=resume, quiet=quiet, callbacks=[best], lengths=lengths(kind.counts(rows), rows),
             )  # fmt: skip
         net.cpu()
@@ -172,17 +189,21 @@ def _fresh_start(model: str | Path, kind: Task, size: Mapping[str, Any] | None) 
 def _fresh(start: Start, kind: Task, data: Data, seed: int) -> tuple[Any, Any]:
     """(processor, model of random weights in float32) of a config, with a head for the labels of the data."""
     assert kind.fresh is not None
-    assert kind.head is not None
-    for name, value in kind.head(data).items():
+    for name, value in (kind.head(data) if kind.head else {}).items():
         setattr(start.config, name, value)
     names = HEADS[kind.auto_class].get(start.config.model_type)
     if names is None:
         raise ModelError(f"{start.config.model_type} has no head for {kind.name} in transformers.")
+    kind.check(data, start.config)
     start.config.architectures = [names if isinstance(names, str) else names[0]]  # DeiT has two
     processor = kind.fresh(start.config)
+    if "+" in kind.processor:
+        processor = Processors(processor, words_for(start.config, kind.texts(data)))
     torch.manual_seed(seed)
     try:
         net = auto_class_of(start.config, kind.auto_class).from_config(start.config).float()
+        if kind.begin is not None:
+            kind.begin(net)
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"{start.name}: no model can be made of this config ({why}).") from error
@@ -239,11 +260,11 @@ def _with_head(model: str | Path, kind: Task, data: Data, tokenizer: Any, new_he
 
 
 def _renew_head(net: Any) -> None:
-    """Draw the weights outside the base model anew."""
+    """Draw the weights outside the base model anew, save those that place boxes, which no label changes."""
     base = getattr(net, net.base_model_prefix)
     inside = {id(module) for module in base.modules()}
-    for module in net.modules():
-        if module is not net and id(module) not in inside:
+    for name, module in net.named_modules():
+        if module is not net and id(module) not in inside and "bbox" not in name:
             for parameter in module.parameters(recurse=False):
                 parameter._is_hf_initialized = False
             module._is_hf_initialized = False
@@ -253,8 +274,8 @@ def _renew_head(net: Any) -> None:
 def _loss(kind: Task, config: FinetuneConfig) -> Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]:
     def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         model.train(config.dropout)
-        outputs = kind.forward(model, {name: batch[name] for name in kind.inputs if name in batch})
-        return {"label": kind.loss(outputs, batch["labels"])}
+        outputs = kind.forward(model, kind.given(batch, learning=True))
+        return {"label": kind.loss(outputs, batch.get("labels"))}
 
     return compute_loss
 

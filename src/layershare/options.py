@@ -19,7 +19,8 @@ Task = Annotated[
     str,
     typer.Option(
         help="What the model is for: sentence-embedding, text-classification, token-classification, translation, "
-        "summarization, masked-lm, causal-lm, span-corruption, image-classification, audio-classification, "
+        "summarization, masked-lm, causal-lm, span-corruption, image-classification, image-to-text, "
+        "zero-shot-image-classification, object-detection, masked-image-modeling, audio-classification, "
         "speech-recognition or text-to-speech."
     ),
 ]

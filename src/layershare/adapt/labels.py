@@ -39,8 +39,8 @@ def learn(
 
     def compute_loss(wrapped: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         wrapped.train(config.dropout)
-        outputs = task.forward(wrapped, {name: batch[name] for name in task.inputs if name in batch})
-        return {"labels": task.loss(outputs, batch["labels"])}
+        outputs = task.forward(wrapped, task.given(batch, learning=True))
+        return {"labels": task.loss(outputs, batch.get("labels"))}
 
     long = lengths(task.counts(dataset), dataset)
     return fit(model, dataset, batch_of, compute_loss, config, out, resume=resume, quiet=quiet, lengths=long)

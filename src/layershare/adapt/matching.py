@@ -66,7 +66,7 @@ def match(
 
     def compute_loss(wrapped: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         wrapped.train(config.dropout)
-        inputs = {name: batch[name] for name in task.inputs if name in batch}
+        inputs = task.given(batch)
         with torch.no_grad():
             theirs = _answer(task.forward(large.to(next(iter(inputs.values())).device), inputs))
         outputs = task.forward(wrapped, inputs)
@@ -89,6 +89,5 @@ def match(
 
 
 def _answer(outputs: Any) -> Tensor:
-    answer = outputs.embedding if outputs.logits is None else outputs.logits
-    assert isinstance(answer, Tensor)
-    return answer
+    answers = (outputs.logits, outputs.embedding, outputs.values)
+    return next(answer for answer in answers if answer is not None)

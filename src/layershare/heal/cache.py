@@ -26,6 +26,7 @@ from layershare.tasks.encoding import batches, rows_at
 from layershare.tasks.task import Axis
 
 FORMAT = 1
+VALUES = ("values", "value_weights")
 SAMPLE = 8
 """So many rows of a stored file are computed again, to see that it still holds what this teacher says."""
 
@@ -271,6 +272,9 @@ def _flat(
             found[f"top-{wanted.top}-{wanted.temperature:g}-{part}"] = entries(value, target.along["logits"])
     elif target.logits is not None:
         found["logits"] = entries(target.logits, target.along["logits"])
+    for name in VALUES:
+        if (value := getattr(target, name)) is not None:
+            found[name] = value, None
     for layer, value in target.hidden.items():
         found[f"hidden-{layer}"] = entries(value, target.along[f"hidden-{layer}"])
     for name, value in target.relations.items():
@@ -290,4 +294,6 @@ def _target(values: Mapping[str, Tensor], wanted: Wanted) -> Target:
         logits,
         {layer: values[f"hidden-{layer}"] for layer in wanted.hidden},
         {name: values[key] for name, key in relations.items() if key in values},
+        values=values.get("values"),
+        value_weights=values.get("value_weights"),
     )

@@ -21,6 +21,12 @@ class LossWeights(Config):
         1.0, ge=0, description="Squared error of hidden states, relative to the teacher's size."
     )
     logits: float = Field(1.0, ge=0, description="(KL T^2 + lambda_mse MSE) / 2 of the logits.")
+    values: float = Field(
+        5.0, ge=0, description="Error of boxes or pixels, relative to the size of the teacher's."
+    )
+    contrast: float = Field(
+        1.0, ge=0, description="KL T^2 of which text of a batch belongs to an image, and the other way round."
+    )
     labels: float = Field(
         0.0, ge=0, description="Cross-entropy with the true labels, where the data has any."
     )

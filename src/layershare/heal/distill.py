@@ -91,7 +91,8 @@ def distill(
         for model in (teacher, student):
             task.check(data, model.config)
     dataset = questions(task, tokenizer, data, teacher.config, config)
-    weights = active_weights(task, config.weights.model_dump(), "labels" in dataset.column_names)
+    labelled = task.self_supervised or "labels" in dataset.column_names
+    weights = active_weights(task, config.weights.model_dump(), labelled)
     check_pair(student, teacher, tokenizer, weights)
     given = layer_map if config.layer_map is None else config.layer_map
     pairs = layer_pairs(student, teacher, given) if "hidden" in weights else []
@@ -114,8 +115,8 @@ def distill(
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
             model.train(config.dropout)
-            inputs = {name: batch[name] for name in task.inputs if name in batch}
-            target = ask(inputs, batch["row"])
+            target = ask(task.given(batch), batch["row"])
+            inputs = task.given(batch, learning="labels" in weights)
             alone = int(batch["position"][0]) < local
             with by_itself(layers, pairs, target.hidden) if alone else nullcontext():
                 outputs = task.forward(model, inputs, hidden_states=bool(pairs))
@@ -156,7 +157,7 @@ def loss_terms(
     lambda_mse: float = 1.0,
     labels: Tensor | None = None,
     maps: Sequence[Callable[[Tensor], Tensor]] | None = None,
-    true_loss: Callable[[Outputs, Tensor], Tensor] = label_loss,
+    true_loss: Callable[[Outputs, Any], Tensor] = label_loss,
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss for one batch, by name; ``weights`` says which. Without labels 0 for equal models.
 
@@ -170,14 +171,18 @@ def loss_terms(
             terms["embedding"] = losses.embedding_cosine(outputs.embedding, target.embedding)
         if "similarity" in weights:
             terms["similarity"] = losses.similarity(outputs.embedding, target.embedding)
+        if "contrast" in weights and outputs.embedding.ndim == 3:
+            terms["contrast"] = losses.contrast(outputs.embedding, target.embedding, temperature)
     if outputs.logits is not None:
         mask = outputs.mask_of(outputs.along)
         if target.logits is not None and "logits" in weights:
             terms["logits"] = losses.match_logits(
                 outputs.logits, target.logits, temperature, lambda_mse, mask
             )
-        if labels is not None and "labels" in weights:
-            terms["labels"] = true_loss(outputs, labels)
+    if "labels" in weights and (labels is not None or outputs.loss is not None):
+        terms["labels"] = true_loss(outputs, labels)
+    if outputs.values is not None and target.values is not None and "values" in weights:
+        terms["values"] = losses.value_error(outputs.values, target.values, target.value_weights)
     if pairs and "hidden" in weights:
         ours = [outputs.hidden_states[layer + 1] for layer, _ in pairs]
         if maps is not None:
@@ -190,9 +195,11 @@ def loss_terms(
 
 
 def _wanted(config: DistillConfig, weights: Mapping[str, float], pairs: LayerMap, teacher: Any) -> Wanted:
-    layer = teacher.config.num_hidden_layers - 1 if config.relation_layer is None else config.relation_layer
+    layer = config.relation_layer
+    if "relation" in weights and layer is None:
+        layer = teacher.config.num_hidden_layers - 1
     return Wanted(
-        answer=bool({"embedding", "similarity", "logits"} & weights.keys()),
+        answer=bool({"embedding", "similarity", "contrast", "logits", "values"} & weights.keys()),
         hidden=tuple(sorted({theirs for _, theirs in pairs})),
         relations=layer if "relation" in weights else None,
         top=config.top_k if "logits" in weights else 0,

@@ -7,13 +7,13 @@ from torch import nn
 
 from layershare.errors import ModelError, OptionError
 from layershare.heal.config import DistillConfig
+from layershare.heal.layers import has_towers
 from layershare.tasks import Task
 
 
 def active_weights(task: Task, weights: Mapping[str, float], labelled: bool) -> dict[str, float]:
     """The terms that are left for a task, by name. OptionError when none is, or labels are wanted without any there."""
-    usable = ["hidden", "relation"]
-    usable += ["embedding", "similarity"] if task.auto_class == "AutoModel" else ["logits", "labels"]
+    usable = ["hidden", "relation", *task.terms]
     if weights["labels"] > 0 and "labels" in usable and not labelled:
         raise OptionError(
             f"weights.labels is {weights['labels']:g}, but {task.name} has no labels to train on here.",
@@ -34,9 +34,9 @@ def check_pair(student: Any, teacher: Any, tokenizer: Any, active: Mapping[str, 
     ours, theirs = student.config, teacher.config
     if {"logits", "labels"} & active.keys():
         check_labels(ours, theirs)
-    if "embedding" in active and ours.hidden_size != theirs.hidden_size:
+    if "embedding" in active and (widths := [_width(config) for config in (ours, theirs)])[0] != widths[1]:
         raise ModelError(
-            f"The embeddings differ in width (student {ours.hidden_size}, teacher {theirs.hidden_size}).",
+            f"The embeddings differ in width (student {widths[0]}, teacher {widths[1]}).",
             "Set weights.embedding to 0; weights.similarity serves any width.",
         )
 
@@ -64,7 +64,7 @@ def check_words(student: Any, teacher: Any, tokenizer: Any) -> None:
 def vocabulary(model: Any) -> int | None:
     """How many tokens the model's table knows; None for a model that reads no tokens."""
     try:
-        table = model.get_input_embeddings()
+        table = (model.text_model if has_towers(model) else model).get_input_embeddings()
     except NotImplementedError:
         return None
     return table.num_embeddings if isinstance(table, nn.Embedding) else None
@@ -116,6 +116,11 @@ def check_labels(student: Any, teacher: Any) -> None:
 
 def relation_heads(student: Any, teacher: Any, config: DistillConfig) -> int:
     """Into how many pieces the queries, keys and values of both models are cut."""
+    if not hasattr(teacher.config, "num_attention_heads"):
+        raise OptionError(
+            f"Relations are not compared in a {teacher.config.model_type} model.",
+            "Set weights.relation to 0.",
+        )
     heads = config.relation_heads or teacher.config.num_attention_heads
     for name, model in _named(student, teacher):
         size = model.config.hidden_size
@@ -134,3 +139,11 @@ def relation_heads(student: Any, teacher: Any, config: DistillConfig) -> int:
 
 def _named(student: Any, teacher: Any) -> tuple[tuple[str, Any], tuple[str, Any]]:
     return ("student", student), ("teacher", teacher)
+
+
+def _width(config: Any) -> int:
+    """Of the embeddings: where two towers meet, of the space that both are projected into."""
+    if hasattr(config, "hidden_size"):
+        return config.hidden_size
+    text = config.text_config
+    return getattr(config, "projection_dim", None) or getattr(text, "projection_size", text.hidden_size)

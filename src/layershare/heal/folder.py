@@ -12,7 +12,7 @@ from layershare.heal.choose import kept_notes
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.fit import check_processors, check_words
-from layershare.heal.layers import kept_layers
+from layershare.heal.layers import kept_layers, parts_of
 from layershare.measure.brief import Judge, brief, result_of, timed
 from layershare.plan import SharingPlan
 from layershare.result import Result
@@ -84,7 +84,7 @@ def heal_folder(
 
 def layer_map(plan: SharingPlan | None, model: Any) -> list[tuple[int, int]] | None:
     """Whose hidden states are compared: for a dropped model what the kept layers' readers saw; None: layer by layer."""
-    if model.config.is_encoder_decoder:  # two stacks
+    if len(parts_of(model)) > 1:  # two stacks
         return None
     dropped = [stack for stack in plan.stacks if stack.drop] if plan is not None else []
     return kept_layers(dropped[0].kept, dropped[0].length) if len(dropped) == 1 else None

@@ -37,25 +37,47 @@ def kept_layers(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int
     return list(enumerate([*reads, teacher_layers - 1]))
 
 
+def parts_of(model: Any) -> tuple[nn.Module, ...]:
+    """What has layers of its own, in the order of the hidden states: encoder and decoder, or a tower for images and one
+    for texts, or the whole model."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder(), model.get_decoder()
+    return (model.vision_model, model.text_model) if has_towers(model) else (model,)
+
+
+def has_towers(model: Any) -> bool:
+    """Whether images and texts are read side by side, each by layers of their own."""
+    return hasattr(model, "vision_model") and hasattr(model, "text_model")
+
+
 def depths(model: Any) -> tuple[int, ...]:
-    """The number of layers; of an encoder-decoder those of the encoder and those of the decoder."""
-    if not model.config.is_encoder_decoder:
+    """The number of layers; of an encoder-decoder, or of two towers, those of each."""
+    parts = parts_of(model)
+    if len(parts) == 1:
         return (model.config.num_hidden_layers,)
-    parts = (model.get_encoder(), model.get_decoder())
     return tuple(len(layer_list(part)) for part in parts)
 
 
 def layer_list(part: nn.Module) -> nn.ModuleList:
-    """The layers of an encoder or a decoder: its list with the most parameters, the first of equals. What goes before
+    """The layers of a part of a model: its list with the most parameters, the first of equals. What goes before
     them may have a list of its own."""
     lists = [m for m in part.modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
 
 
+def widths(config: Any) -> tuple[int, ...]:
+    """The hidden size; where parts have configs of their own, that of each."""
+    if hasattr(config, "hidden_size"):
+        return (config.hidden_size,)
+    names = ("vision_config", "text_config") if hasattr(config, "vision_config") else ("encoder", "decoder")
+    return tuple(getattr(config, name).hidden_size for name in names)
+
+
 def layer_pairs(student: Any, teacher: Any, given: LayerMap | None) -> LayerMap:
     """``given`` if it names layers that are there, or else :func:`matching_layers` of the two depths.
 
-    In an encoder-decoder positions count through the encoder and on through the decoder.
+    In an encoder-decoder positions count through the encoder and on through the decoder; in two towers through that of
+    images and on through that of texts.
     """
     ours, theirs = depths(student), depths(teacher)
     if given is None:
@@ -73,7 +95,9 @@ def layer_pairs(student: Any, teacher: Any, given: LayerMap | None) -> LayerMap:
                 "Positions count from 0.",
             )
         if len(ours) > 1 and (i < ours[0]) != (j < theirs[0]):
-            raise OptionError(f"The layer map pairs layers {i} and {j}, one of an encoder, one of a decoder.")
+            raise OptionError(
+                f"The layer map pairs layers {i} and {j}, which are of different parts of the models."
+            )
     return list(given)
 
 
@@ -84,10 +108,15 @@ def projections(
     """Within it, ``student`` has a linear map for each of these pairs of layers, from its hidden size to the teacher's
     (TinyBERT, Jiao et al. 2019, arXiv 1909.10351), trained and saved in checkpoints like its own weights; behind it
     they are gone. None where both models have one hidden size: nothing to map."""
-    ours, theirs = student.config.hidden_size, teacher.config.hidden_size
-    if ours == theirs or not pairs:
+    if not pairs or widths(student.config) == widths(teacher.config):
         yield None
         return
+    if len(widths(student.config)) > 1:
+        raise OptionError(
+            f"Hidden states of widths {widths(student.config)} and {widths(teacher.config)} cannot be compared.",
+            "Set weights.hidden to 0.",
+        )
+    ours, theirs = student.config.hidden_size, teacher.config.hidden_size
     draw, device = torch.Generator().manual_seed(seed), next(student.parameters()).device
     weights = [
         nn.Parameter((torch.randn(theirs, ours, generator=draw) / ours**0.5).to(device)) for _ in pairs

@@ -7,16 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from layershare.errors import OptionError
-from layershare.heal.layers import LayerMap, depths
+from layershare.heal.layers import LayerMap, depths, parts_of, widths
 
 
 def layers_of(model: Any) -> list[list[nn.Module]]:
     """The layers of ``model`` in order, a list for each of its parts: of an encoder-decoder two."""
-    parts = [model]
-    if model.config.is_encoder_decoder:
-        parts = [model.get_encoder(), model.get_decoder()]
     found = []
-    for part, depth in zip(parts, depths(model), strict=True):
+    for part, depth in zip(parts_of(model), depths(model), strict=True):
         lists = (m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
         found.append(list(next(lists, [])))
     return found
@@ -28,10 +25,10 @@ def check_local(student: Any, teacher: Any, pairs: LayerMap) -> None:
         raise OptionError(
             "The local phase compares hidden states.", "Set weights.hidden above 0, or local to 0."
         )
-    if student.config.hidden_size != teacher.config.hidden_size:
+    ours, theirs = ("/".join(map(str, widths(model.config))) for model in (student, teacher))
+    if ours != theirs:
         raise OptionError(
-            f"Layers of width {student.config.hidden_size} cannot read hidden states of width "
-            f"{teacher.config.hidden_size}.",
+            f"Layers of width {ours} cannot read hidden states of width {theirs}.",
             "Set local to 0.",
         )
     if [len(part) for part in layers_of(student)] != list(depths(student)):

@@ -141,11 +141,13 @@ def embedding_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the cosines between the texts of a batch, [B, d] each; 0 for B < 2.
+    """Mean squared difference of the cosines between the texts of a batch, [B, d] each; 0 for B < 2. Of images and
+    their texts [B, 2, d] it is that between any two of them.
 
     Compares S S^T with the teacher's, off the diagonal (similarity-preserving distillation, Tung, Mori 2019,
     arXiv 1907.09682). It asks for the teacher's geometry, not its axes, so it also serves when d differs.
     """
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     size = len(student)
     if size < 2:
         return student.sum() * 0  # stays in the graph, so that a batch of one still has a gradient
@@ -154,6 +156,27 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
     # of B.
     off_diagonal = ~torch.eye(size, dtype=torch.bool, device=student.device)
     return (ours @ ours.T - theirs @ theirs.T)[off_diagonal].square().mean()
+
+
+def value_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Absolute difference of numbers [B, N, d], relative to the mean size of the teacher's: 0 for equal models, 1 for a
+    student that says 0. ``weights`` [B, N]: how much each of the N counts (a box in which there is something, a patch
+    that was hidden); None: all alike.
+    """
+    counted = torch.ones_like(teacher[..., 0]) if weights is None else weights.to(teacher.dtype)
+    apart = ((student - teacher).abs().mean(-1) * counted).sum()
+    return apart / (teacher.abs().mean(-1) * counted).sum().clamp(min=1e-12)
+
+
+def contrast(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL T^2 of which text of the batch belongs to an image, and of which image to a text, a mean of both directions.
+
+    ``student``, ``teacher``: [B, 2, d], an image and its text, whose products are the logits (Radford et al. 2021,
+    arXiv 2103.00020); their widths may differ. The softened matrix of the whole batch is compared, not only its
+    diagonal (as in TinyCLIP, Wu et al. 2023, arXiv 2309.12314). 0 for B < 2.
+    """
+    ours, theirs = (pairs[:, 0] @ pairs[:, 1].T for pairs in (student, teacher))
+    return (soft_kl(ours, theirs, temperature) + soft_kl(ours.T, theirs.T, temperature)) / 2
 
 
 def _top_kl(student: Tensor, teacher: TopLogits, temperature: float, mask: Tensor | None) -> Tensor:

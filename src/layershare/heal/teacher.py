@@ -38,6 +38,7 @@ class Target:
         embedding: [B, d]. logits: [B, C], or such entries for tokens; TopLogits of it when asked for.
         hidden: layer -> [B, T, d].
         relations: ``q``, ``k``, ``v`` -> [B, T, d].
+        values, value_weights: as in :class:`~layershare.tasks.task.Outputs`.
         along: ``logits``, ``hidden-LAYER``, ``relations`` -> the axis they lie along; empty if it was cached.
 
     What belongs to a token is 0 where the batch is padded, if it was cached; the losses never look there.
@@ -48,6 +49,8 @@ class Target:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     relations: Mapping[str, Tensor] = field(default_factory=dict)
     along: Mapping[str, Axis | None] = field(default_factory=dict)
+    values: Tensor | None = None
+    value_weights: Tensor | None = None
 
 
 Ask = Callable[[Mapping[str, Tensor], Tensor], Target]
@@ -79,6 +82,8 @@ def live(teacher: nn.Module, task: Task, wanted: Wanted = Wanted()) -> Ask:
             relations,
             {"logits": out.along, "relations": "source"}
             | {f"hidden-{layer}": out.axis(layer) for layer in wanted.hidden},
+            out.values if wanted.answer else None,
+            out.value_weights if wanted.answer else None,
         )
 
     return ask

@@ -183,6 +183,8 @@ def _fits(value: Any, like: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(like, int):
         return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(like, (list, tuple)):
+        return isinstance(value, (list, tuple))
     return isinstance(value, type(like))
 
 

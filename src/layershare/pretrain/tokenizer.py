@@ -66,6 +66,21 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=raw, **roles, **extra, **limit)
 
 
+def words_for(config: Any, texts: Iterable[str]) -> Any:
+    """A WordPiece tokenizer of the texts for a model that is made from ``config``, which is told of it in place: of its
+    number of tokens, at most the vocabulary asked for, and of those that begin, end and fill up a text."""
+    text = config.get_text_config(decoder=True)
+    length = getattr(text, "max_position_embeddings", None)
+    tokenizer = train_tokenizer(texts, "WordPiece", text.vocab_size, length=length)
+    text.vocab_size = len(tokenizer)
+    for part in (config, text):
+        part.pad_token_id, part.bos_token_id = tokenizer.pad_token_id, tokenizer.cls_token_id
+        part.eos_token_id = tokenizer.sep_token_id
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = tokenizer.cls_token_id
+    return tokenizer
+
+
 def open_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a model, or one that stands alone in its folder. Raises ModelError if there is none."""
     folder = Path(source).expanduser()

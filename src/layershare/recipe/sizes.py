@@ -117,11 +117,12 @@ def _pretrained(stage: PretrainStage, taken: Mapping[str, Size]) -> Size:
 def _fresh(stage: FinetuneStage, source: Source) -> Size:
     """A model that fine-tuning makes itself."""
     task, start = source.kind, find_start(stage.model, stage.size)
-    assert task.head is not None
-    for name, value in task.head(task.read(source.paths, **source.reading())).items():
+    head = task.head(task.read(source.paths, **source.reading())) if task.head else {}
+    for name, value in head.items():
         setattr(start.config, name, value)
     with torch.device("meta"):
-        return _of(auto_class_of(start.config, task.auto_class).from_config(start.config))
+        size = _of(auto_class_of(start.config, task.auto_class).from_config(start.config))
+    return replace(size, exact="+" not in task.processor)  # a tokenizer that is learnt may give fewer tokens
 
 
 def _with_head(taken: Size, source: Source) -> Size:

@@ -6,8 +6,9 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -75,9 +76,11 @@ def load_processor(model: str | Path, auto_class: str) -> Any:
     DependencyError where that needs a library which is not there.
 
     auto_class: name of the transformers class to load it with: AutoTokenizer, AutoImageProcessor,
-    AutoFeatureExtractor or AutoProcessor. Images are prepared with Pillow and numpy, also where torchvision is
-    installed: the same pixels everywhere.
+    AutoFeatureExtractor or AutoProcessor; or AutoImageProcessor+AutoTokenizer, for :class:`Processors`.
+    Images are prepared with Pillow and numpy, also where torchvision is installed: the same pixels everywhere.
     """
+    if "+" in auto_class:
+        return Processors(*(load_processor(model, name) for name in auto_class.split("+")))
     options = {"backend": "pil"} if auto_class == "AutoImageProcessor" else {}
     try:
         return _open(
@@ -89,6 +92,26 @@ def load_processor(model: str | Path, auto_class: str) -> Any:
             f"What goes before {model} needs a library that is not installed ({needs}).",
             "pip install 'layershare[vision,speech]'",
         ) from None
+
+
+@dataclass(frozen=True)
+class Processors:
+    """What goes before a model of images and texts. transformers' own AutoProcessor has none for an encoder of images
+    with a decoder of texts, and would take another image processor where torchvision is installed."""
+
+    image_processor: Any
+    tokenizer: Any
+    attributes: ClassVar[tuple[str, ...]] = ("image_processor", "tokenizer")
+
+    @property
+    def model_max_length(self) -> int:
+        """The most tokens of a text."""
+        return self.tokenizer.model_max_length
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Both, side by side, as transformers has them."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def sketch(model: str | Path) -> PreTrainedModel:
@@ -135,11 +158,12 @@ def copy_preprocessing(model: str | Path, folder: Path) -> None:
     # vocabulary has only half of its type's.
     for name in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
         try:
-            load_processor(model, name).save_pretrained(folder)
+            loaded = load_processor(model, name)
+            loaded.save_pretrained(folder)
         except Exception as error:  # transformers raises whatever its processors raise
             logging.getLogger(__name__).debug("%s: %s (%s)", model, name, error)
             continue
-        if name == "AutoProcessor":
+        if isinstance(loaded, transformers.ProcessorMixin):  # for want of one it gives a tokenizer
             break
     source = local_folder(model)
     if not (source / "modules.json").is_file():

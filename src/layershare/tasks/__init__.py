@@ -14,7 +14,10 @@ from layershare.tasks import (
     audio_classification,
     causal_lm,
     image_classification,
+    image_to_text,
+    masked_image_modeling,
     masked_lm,
+    object_detection,
     sentence_embedding,
     span_corruption,
     speech_recognition,
@@ -23,6 +26,7 @@ from layershare.tasks import (
     text_to_speech,
     token_classification,
     translation,
+    zero_shot_image_classification,
 )
 from layershare.tasks.task import Data, Outputs, Task
 
@@ -36,6 +40,10 @@ TASKS: dict[str, Task] = {
     "translation": translation.TASK,
     "summarization": summarization.TASK,
     "image-classification": image_classification.TASK,
+    "masked-image-modeling": masked_image_modeling.TASK,
+    "image-to-text": image_to_text.TASK,
+    "zero-shot-image-classification": zero_shot_image_classification.TASK,
+    "object-detection": object_detection.TASK,
     "audio-classification": audio_classification.TASK,
     "speech-recognition": speech_recognition.TASK,
     "text-to-speech": text_to_speech.TASK,

@@ -57,9 +57,16 @@ def answer_of(kind: Task) -> Answer:
 
 def _answer(output: Outputs) -> tuple[Any, bool]:
     """The embedding, or the logits; a single number, or one of several answers, as one vector of the whole batch: alone
-    its direction would be but its sign."""
-    if output.embedding is not None or output.logits is None:
+    its direction would be but its sign. So are boxes or pixels, those that count; logits that come with such are one
+    answer each."""
+    if output.embedding is not None:
         return output.embedding, False
+    if output.logits is None:
+        weights = output.value_weights
+        values = output.values if weights is None else output.values * weights[..., None]  # type: ignore[operator]
+        return values.reshape(1, -1), False  # type: ignore[union-attr]
+    if output.values is not None:
+        return output.logits.flatten(0, -2), True
     if output.logits.shape[-1] == 1 or (output.along is None and output.logits.ndim == 3):
         return output.logits.reshape(1, -1), False
     mask = output.mask_of(output.along)

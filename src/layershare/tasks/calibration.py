@@ -21,7 +21,8 @@ def encode_inputs(task: Task, tokenizer: Any, dataset: "Dataset", max_length: in
     There are ``labels`` among them only where the model reads them, so those of the data need not be the model's.
     """
     length = usable_length(tokenizer, config, max_length)
-    return task.encode(tokenizer, dataset, length, config if "labels" in task.inputs else None)
+    known = task.self_supervised or "labels" in task.inputs
+    return task.encode(tokenizer, dataset, length, config if known else None)
 
 
 def sample_batches(

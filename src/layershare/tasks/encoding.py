@@ -15,7 +15,9 @@ def usable_length(tokenizer: Any, config: Any, max_length: int | None = None) ->
     """The longest text, in tokens, that tokenizer and model accept, at most ``max_length`` (default: 512). What reads
     no text has no limit of its own."""
     limits = [max_length or 512, getattr(tokenizer, "model_max_length", max_length or 512)]
-    positions = getattr(config, "max_position_embeddings", None)
+    parts = (config, getattr(config, "text_config", None), getattr(config, "decoder", None))
+    found = (getattr(part, "max_position_embeddings", None) for part in parts)
+    positions = next((one for one in found if one), None)
     return min(*limits, positions) if positions else min(limits)
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,10 +55,23 @@ def read_table(path: str | Path, bad: list[str] | None = None) -> Table:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    table = reader(str(path), raw, hashlib.sha256(raw).hexdigest(), bad)
+    table = _opened(reader(str(path), raw, hashlib.sha256(raw).hexdigest(), bad))
     if not table.lines:
         raise DataError(f"{path}: is empty.", "It needs at least one row of data.")
     return table
+
+
+def _opened(table: Table) -> Table:
+    """With what is inside of columns of objects as columns too, called ``outer.inner`` as ``datasets`` calls them."""
+    inner: dict[str, list[Any]] = {}
+    for name, values in table.columns.items():
+        told = [value for value in values if value is not None]
+        if not told or not all(isinstance(value, dict) for value in told):
+            continue
+        for key in dict.fromkeys(key for value in told for key in value):
+            if f"{name}.{key}" not in table.columns:
+                inner[f"{name}.{key}"] = [value and value.get(key) for value in values]
+    return replace(table, columns={**table.columns, **inner}) if inner else table
 
 
 def choose_columns(

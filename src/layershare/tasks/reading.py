@@ -35,6 +35,7 @@ def read_splits(
     convert: Mapping[str, Callable[[Any], Any]],
     together: Mapping[str, str] | None = None,
     equal: tuple[str, str] | None = None,
+    fits: tuple[str, str, Callable[[Any, Any], None]] | None = None,
     stratify: str | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
@@ -47,8 +48,9 @@ def read_splits(
     ``convert``: role -> what makes a value of a cell, or raises ValueError; ``beside``: the same of a cell and the
     folder in which its table lies. ``folders``: how a folder is read; without it, it is refused. ``together`` names
     roles that mean nothing without another one (a score without a second text); a guessed one is then left out, a given
-    one raises. ``equal``: two roles whose lists must be equally long. ``stratify`` is the role whose values each split
-    gets in equal shares.
+    one raises. ``equal``: two roles whose lists must be equally long; ``fits``: two roles, and what raises ValueError
+    where the second's value does not go with the first's. ``stratify`` is the role whose values each split gets in
+    equal shares.
     Parts without files of their own are split off from ``paths``, unless ``paths`` is a data set with parts. No text
     stands in two parts: rows of ``paths`` that share one with validation or test are left out, and so are rows of
     validation that share one with test; the notes say how many. With ``skip_bad`` rows that cannot be read are left
@@ -78,7 +80,7 @@ def read_splits(
                     del own_columns[role]
             chosen = chosen or own_columns
             rows[part] = _convert(
-                tables[part], own_columns, convert, beside or {}, equal, skipped if skip_bad else None
+                tables[part], own_columns, convert, beside or {}, equal, fits, skipped if skip_bad else None
             )
     notes = [] if given == chosen else [f"Columns: {', '.join(f'{r} = {c!r}' for r, c in chosen.items())}."]
     if skipped:
@@ -141,6 +143,7 @@ def _convert(
     convert: Mapping[str, Callable[[Any], Any]],
     beside: Mapping[str, Callable[[Any, Path], Any]],
     equal: tuple[str, str] | None,
+    fits: tuple[str, str, Callable[[Any, Any], None]] | None,
     skipped: list[str] | None,
 ) -> Rows:
     """The converted cells of each role; with ``skipped`` rows that have a bad one are left out and told there."""
@@ -161,6 +164,8 @@ def _convert(
                 bad.setdefault(row, f"{place}: {len(other)} {second} for {len(one)} {first}.")
                 if skipped is None:
                     raise DataError(bad[row], "Each needs exactly one.")
+        if fits is not None and set(fits[:2]) <= set(chosen):
+            _fitting(table, fits, chosen, columns, None if skipped is None else bad)
         if skipped is not None:
             skipped += [bad[row] for row in sorted(bad)]
         if bad and len(bad) == len(table.lines):
@@ -168,6 +173,27 @@ def _convert(
         for role, values in columns.items():
             rows[role] += [value for row, value in enumerate(values) if row not in bad]
     return rows
+
+
+def _fitting(
+    table: Table,
+    fits: tuple[str, str, Callable[[Any, Any], None]],
+    chosen: Mapping[str, str],
+    columns: Mapping[str, list[Any]],
+    bad: dict[int, str] | None,
+) -> None:
+    first, second, fit = fits
+    for row, (one, other) in enumerate(zip(columns[first], columns[second], strict=True)):
+        try:
+            if one is not None and other is not None:
+                fit(one, other)
+        except ValueError as error:
+            message = f"{table.at(row, chosen[second])}: {error}."
+            if bad is None:
+                raise DataError(
+                    message, "Mend the row, or leave out all such rows with --skip-bad."
+                ) from None
+            bad.setdefault(row, message)
 
 
 def _beside(make: Callable[[Any, Path], Any], folder: Path, cell: Any) -> Any:

@@ -212,4 +212,5 @@ TASK = Task(
     forward=forward,
     evaluate=evaluate,
     metric_of=metric_of,
+    terms=("embedding", "similarity"),
 )

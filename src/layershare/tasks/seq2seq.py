@@ -20,7 +20,7 @@ from layershare.tasks.language import LOGITS
 from layershare.tasks.masking import IGNORED
 from layershare.tasks.reading import read_splits
 from layershare.tasks.task import Data, Outputs, Paths, Task
-from layershare.tasks.writing import Writing, generate
+from layershare.tasks.writing import Targets, generate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,14 +31,11 @@ Measure = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 """(what the model wrote, what is right) -> figures."""
 
 
-class Settings(Writing):
+class Settings(Targets):
     """How texts are given to the model, and how it writes."""
 
     prefix: str = Field(
         "", description="Put before every text, as T5 wants it: 'translate English to German: '."
-    )
-    target_length: int = Field(
-        0, ge=0, description="Longer targets are cut to this many tokens in training; 0: as the texts are."
     )
 
 
@@ -105,12 +102,15 @@ def _encode(
 
     pairs = list(dict.fromkeys(zip(dataset["text"][:], dataset["target"][:], strict=True)))
     columns = encode(tokenizer, [settings.prefix + source for source, _ in pairs], max_length)
-    most, end = settings.target_length or max_length, end_of(tokenizer, config)
-    written = tokenizer(
-        text_target=[target for _, target in pairs], truncation=True, max_length=most, padding=False
-    )
-    labels = [ended(ids, end, most) for ids in written["input_ids"]]
+    labels = targets(tokenizer, [target for _, target in pairs], settings.target_length or max_length, config)
     return Dataset.from_dict({name: columns[name] for name in INPUTS[:2]} | {"labels": labels})
+
+
+def targets(tokenizer: Any, texts: Sequence[str], most: int, config: Any) -> list[list[int]]:
+    """The token ids of what a model is to write, at most so many, with the token that ends a text."""
+    end = end_of(tokenizer, config)
+    written = tokenizer(text_target=list(texts), truncation=True, max_length=most, padding=False)
+    return [ended(ids, end, most) for ids in written["input_ids"]]
 
 
 def end_of(tokenizer: Any, config: Any) -> int | None:
@@ -204,14 +204,25 @@ def _evaluate(
     rows = _encode(
         settings, tokenizer, dataset, usable_length(tokenizer, model.config, max_length), model.config
     )
-    return measure(written, dataset["target"][:]) | _forced(model, tokenizer, rows, batch_size, teacher)
+    columns = {name: rows[name][:] for name in INPUTS}
+    return measure(written, dataset["target"][:]) | forced(
+        model, tokenizer, columns, batch_size, teacher, collate, counts
+    )
 
 
-def _forced(model: Any, tokenizer: Any, rows: "Dataset", batch_size: int, teacher: Any) -> dict[str, float]:
+def forced(
+    model: Any,
+    tokenizer: Any,
+    columns: Mapping[str, Sequence[Any]],
+    batch_size: int,
+    teacher: Any,
+    collate: Callable[..., "dict[str, Tensor]"],
+    counts: Callable[..., Mapping[Any, Sequence[int]]],
+) -> dict[str, float]:
+    """``perplexity`` of the ``labels`` among the columns of inputs, and ``agreement`` with a teacher about them."""
     import torch
 
     device = next(model.parameters()).device
-    columns = {name: rows[name][:] for name in INPUTS}
     longest = max(map(len, columns["labels"]))
     size = max(
         1, min(batch_size, LOGITS // (longest * model.config.get_text_config(decoder=True).vocab_size))
@@ -221,7 +232,7 @@ def _forced(model: Any, tokenizer: Any, rows: "Dataset", batch_size: int, teache
     model.eval()
     try:
         with torch.no_grad():
-            for _, batch in batches(tokenizer, columns, size, collate):
+            for _, batch in batches(tokenizer, columns, size, collate, counts):
                 inputs = {name: values.to(device) for name, values in batch.items()}
                 asked = inputs["labels"] != IGNORED
                 logits = forward(model, inputs).logits

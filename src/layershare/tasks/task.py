@@ -68,7 +68,8 @@ class Outputs:
     """What a model says about one batch of B inputs of T tokens, and of targets of U tokens where there are any.
 
     Attributes:
-        embedding: [B, d], unit length; None for tasks without one.
+        embedding: [B, d], unit length; or [B, 2, d], of an image and its text, so long that their products are the
+            model's logits; None for tasks without one.
         logits: unnormalised; [B, classes], or one such entry (or several, for several questions) for each token
             ``along`` an axis; None for tasks without them.
         hidden_states: the embedding output, then the output of each layer, each [B, T, d]; those of a decoder behind
@@ -78,7 +79,10 @@ class Outputs:
         along: whose tokens the logits belong to; None: to the whole input.
         encoder: so many of the layers are an encoder's, in front of a decoder; None where there is but one.
         blank: the class that means nothing where logits spell a text that they are not aligned with (CTC); else None.
-        loss: the model's own, of the ``labels`` it was given, where it does not follow from the logits; else None.
+        values: [B, N, d], numbers that the model gives: boxes, pixels; None for tasks without them.
+        value_weights: [B, N], how much each of these counts; None: all alike.
+        loss: what the model itself makes of the true labels that it was given, a scalar, where it does not follow from
+            the logits; see :func:`own_loss`.
     """
 
     embedding: "Tensor | None"
@@ -89,6 +93,8 @@ class Outputs:
     along: Axis | None = None
     encoder: int | None = None
     blank: int | None = None
+    values: "Tensor | None" = None
+    value_weights: "Tensor | None" = None
     loss: "Tensor | None" = None
 
     def axis(self, layer: int) -> Axis:
@@ -133,7 +139,7 @@ class _Counts(Protocol):
 
 
 class _Loss(Protocol):
-    def __call__(self, outputs: Outputs, labels: "Tensor") -> "Tensor": ...
+    def __call__(self, outputs: Outputs, labels: Any) -> "Tensor": ...
 
 
 class _Texts(Protocol):
@@ -178,6 +184,12 @@ def label_loss(outputs: Outputs, labels: "Tensor") -> "Tensor":
     return label_ce(outputs.logits.float(), labels)
 
 
+def own_loss(outputs: Outputs, labels: Any) -> "Tensor":  # noqa: ARG001 - as for every task
+    """The loss of a task whose models compute it themselves: ``forward`` gets the ``labels`` too when it is wanted."""
+    assert outputs.loss is not None
+    return outputs.loss
+
+
 @dataclass(frozen=True)
 class Task:
     """One kind of model, as data and functions. What has a default is that of a model of texts.
@@ -214,10 +226,17 @@ class Task:
         counts: rows of ``encode`` -> axis -> how many tokens of it each row has; given a config, how many hidden states
             its model makes of them. An axis that is left out has equally many in every row.
         loss: (Outputs, labels of the batch) -> the mean loss of the true labels, a scalar.
+        terms: the terms of the loss of distillation that such a model has, beside those of its hidden states; see
+            :class:`~layershare.heal.config.LossWeights`.
+        varied: like ``collate``, of rows with their ``position`` in a run of training from which follows what is drawn
+            anew each time; None: as ``collate``.
         learns: whether ``encode`` can give labels, so that a model can be trained on them.
+        self_supervised: the input is itself what is to be learnt, by the model's own loss, and no label is needed. Then
+            ``encode`` always gets the config.
         head: Data -> the keys of a config for a new head that answers with the labels of the data; None where a model
             has no such head.
         fresh: a config -> the processor of a model that is made from this config alone; None where that takes training.
+        begin: gives a model that was made from nothing what its class leaves undone; None where that is nothing.
         configure: settings, as a task takes them -> the task with these settings; None for a task without any.
         settings: those that differ from the defaults, JSON-ready; with the name they say which task it is.
     """
@@ -241,8 +260,17 @@ class Task:
     collate: _Collate = pad
     counts: _Counts = token_counts
     loss: _Loss = label_loss
+    terms: tuple[str, ...] = ("logits", "labels")
+    varied: _Collate | None = None
     learns: bool = False
+    self_supervised: bool = False
     head: Callable[[Data], dict[str, Any]] | None = None
     fresh: Callable[[Any], Any] | None = None
+    begin: Callable[[Any], None] | None = None
     configure: "Callable[[Mapping[str, Any]], Task] | None" = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def given(self, batch: Mapping[str, Any], *, learning: bool = False) -> dict[str, Any]:
+        """What ``forward`` takes of a batch; ``learning``: also what :attr:`loss` will need."""
+        names = (*self.inputs, "labels") if learning and self.loss is own_loss else self.inputs
+        return {name: batch[name] for name in dict.fromkeys(names) if name in batch}

@@ -40,18 +40,27 @@ def collate(processor: Any, rows: Sequence[Mapping[str, Any]]) -> "dict[str, Ten
     """Rows with an ``image``, and ``labels`` where they have any -> ``pixel_values`` [B, channels, height, width]."""
     import torch
 
+    batch = pixel_batch(processor, rows)
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    return batch
+
+
+def pixel_batch(processor: Any, rows: Sequence[Mapping[str, Any]], **how: Any) -> "dict[str, Tensor]":
+    """The ``pixel_values`` alone. ``how``: for the image processor."""
+    import torch
+
     # One by one: a processor may pad images of a batch to each other, and then what a model says of one depends on all.
-    each = [processor(images=[pixels(row["image"])], return_tensors="pt")["pixel_values"] for row in rows]
+    each = [
+        processor(images=[pixels(row["image"])], return_tensors="pt", **how)["pixel_values"] for row in rows
+    ]
     if odd := next((i for i, one in enumerate(each) if one.shape != each[0].shape), None):
         raise DataError(
             f"{rows[odd]['image']['path'] or 'An image'} becomes {list(each[odd].shape[1:])} pixels, the others "
             f"{list(each[0].shape[1:])}.",
             "Set the image processor to one size, in preprocessor_config.json beside the model.",
         )
-    batch = {"pixel_values": torch.cat(each)}
-    if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
-    return batch
+    return {"pixel_values": torch.cat(each)}
 
 
 def counts(rows: Any, config: Any = None) -> dict[Any, list[int]]:  # noqa: ARG001 - as for every task
@@ -67,13 +76,16 @@ def fresh_processor(config: Any) -> Any:
     )
 
     _pillow()
-    name = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {}).get("pil")
+    # Of a model that also reads or writes texts, the part that sees.
+    sees = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
+    known = (IMAGE_PROCESSOR_MAPPING_NAMES.get(one.model_type, {}) for one in (config, sees))
+    name = next((names["pil"] for names in known if "pil" in names), None)
     if name is None:
         raise ModelError(
             f"transformers has no image processor for {config.model_type} that needs only Pillow."
         )
     made: Any = get_image_processor_class_from_name(name)()
-    size = getattr(config, "image_size", None)
+    size = getattr(sees, "image_size", None)
     if size is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         made.size = {"height": height, "width": width}

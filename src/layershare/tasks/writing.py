@@ -30,6 +30,14 @@ class Writing(Config):
     )
 
 
+class Targets(Writing):
+    """How a model writes, and how much of a text it is taught to write."""
+
+    target_length: int = Field(
+        0, ge=0, description="Longer targets are cut to this many tokens in training; 0: as the texts are."
+    )
+
+
 def generate(
     model: Any,
     tokenizer: Any,
