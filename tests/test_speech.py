@@ -261,6 +261,11 @@ def test_a_vocabulary_that_is_not_the_models_is_refused(models: dict[str, Path],
         TASK.encode(processor, TASK.read(table).train, 16, model.config)
 
 
+def test_other_models_are_refused(tiny, table: Path):
+    with pytest.raises(ModelError, match="neither an encoder-decoder nor one that spells"):
+        TASK.check(TASK.read(table), tiny("gpt2").config)
+
+
 def test_a_language_is_refused_where_there_are_not_many(models: dict[str, Path], table: Path):
     model, processor = opened(models["whisper"])
     task = get_task("speech-recognition", SETTINGS | {"language": "en"})

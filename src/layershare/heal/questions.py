@@ -32,7 +32,9 @@ def questions(task: Task, tokenizer: Any, data: Data, model_config: Any, config:
     dataset = task.encode(tokenizer, data.train, length, model_config)
     if not len(dataset):
         raise DataError(f"The training data holds no {task.unit} to train on.", "Give more.")
-    thinned = "input_ids" in dataset.column_names and task.name != "token-classification"
+    # What is said in a sound, or to be said, is of all its words.
+    alone = hasattr(tokenizer, "all_special_ids")
+    thinned = alone and "input_ids" in dataset.column_names and task.name != "token-classification"
     if config.augment and (objective is not None or not thinned):
         raise OptionError(f"augment {config.augment:g} does not go with {task.name}.", "Set it to 0.")
     if objective is None or "labels" in dataset.column_names:

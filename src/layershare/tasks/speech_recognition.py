@@ -69,7 +69,7 @@ def configure(values: Mapping[str, Any]) -> Task:
         read=partial(_read, settings),
         encode=partial(_encode, settings),
         texts=lambda data: [],  # noqa: ARG005 - as for every task
-        check=lambda data, config: None,  # noqa: ARG005 - only models with such a head are loaded
+        check=_check,
         forward=forward,
         evaluate=partial(_evaluate, settings),
         metric_of=lambda dataset: "wer",  # noqa: ARG005 - the same call for every task
@@ -97,12 +97,22 @@ def _read(
     """Read sounds and what is said in them: a table with a column of paths, or a folder with a ``metadata.csv``. Every
     sound is opened once, and kept nowhere; none stands in two parts. One that is longer than ``seconds`` is refused:
     cut, it would not be what its transcript says."""
-
     return read_splits(
         paths, test, validation, candidates=COLUMNS, given=columns, optional=frozenset(), convert={"transcript": text},
         beside={"audio": partial(sound.at_most, settings.seconds)}, folders=sound.folders, split=split, seed=seed,
         skip_bad=skip_bad,
     )  # fmt: skip
+
+
+def _check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for every task
+    """ModelError for a model that neither has a decoder beside its encoder nor spells."""
+    from transformers import AutoModelForCTC
+
+    if _is_ctc(config) and type(config) not in AutoModelForCTC._model_mapping:
+        raise ModelError(
+            f"A {config.model_type} model is neither an encoder-decoder nor one that spells by CTC.",
+            "Give one as Whisper or Wav2Vec2.",
+        )
 
 
 def _encode(
