@@ -10,12 +10,17 @@ from layershare.heal.config import LossWeights
 from layershare.heal.distill import distill
 from layershare.heal.folder import heal_folder
 from layershare.result import Result
-from test_distill import CLASSIFICATION, EMBEDDING, QUICK, classifier, data, labelled, labelled_file  # noqa: F401
+from test_distill import CLASSIFICATION, EMBEDDING, QUICK, classifier, data, labelled_file  # noqa: F401
 
 # ruff: noqa: F811
 LEARN = QUICK.model_copy(
     update={"weights": LossWeights(hidden=0, logits=0, labels=1), "train_embeddings": True, "steps": 120}
 )
+
+
+@pytest.fixture(scope="module")
+def labelled(labelled_file):
+    return CLASSIFICATION.read(labelled_file, split=(0.6, 0.3, 0.1))
 
 
 def weights_of(model):
@@ -97,9 +102,10 @@ def test_the_end_is_as_good_as_the_beginning_where_both_are_equal(run, taught):
     assert not same(student, weights_of(taught))
 
 
-def test_without_texts_to_choose_on_the_last_are_kept(run, taught, labelled):
-    student = copy.deepcopy(taught)
-    assert "kept_step" not in run(student, data=replace(labelled, validation=None), steps=8)[-1]
+@pytest.mark.parametrize("rows", [0, 31])
+def test_without_texts_to_choose_on_the_last_are_kept(run, taught, labelled, rows):
+    student, some = copy.deepcopy(taught), labelled.validation.select(range(rows)) if rows else None
+    assert "kept_step" not in run(student, data=replace(labelled, validation=some), steps=8)[-1]
     assert not same(student, weights_of(taught))
 
 
@@ -110,7 +116,7 @@ def test_an_average_is_judged_too(run, taught):
 
 
 def test_scores_that_are_all_the_same_are_no_hindrance(tiny, tokenizer, data, tmp_path):
-    constant = data.validation.map(lambda row: row | {"score": 1.0})
+    constant = data.train.map(lambda row: row | {"score": 1.0})
     history = distill(
         tiny("bert", seed=1), tiny("bert"), tokenizer, EMBEDDING, replace(data, validation=constant), QUICK, tmp_path,
         quiet=True,
@@ -119,7 +125,7 @@ def test_scores_that_are_all_the_same_are_no_hindrance(tiny, tokenizer, data, tm
 
 
 def test_without_scores_the_teacher_says_what_is_best(tiny, tokenizer, data, tmp_path):
-    bare = replace(data, validation=data.validation.remove_columns("score"))
+    bare = replace(data, validation=data.train.remove_columns("score"))
     history = distill(
         tiny("bert", seed=1), tiny("bert"), tokenizer, EMBEDDING, bare, QUICK, tmp_path, quiet=True
     )
@@ -153,13 +159,13 @@ def test_the_result_says_what_was_kept(taught, tokenizer, labelled_file, tmp_pat
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     config = QUICK.model_copy(update={"weights": LossWeights(hidden=0), "learning_rate": 0.3, "steps": 8})
+    lines = labelled_file.read_text().splitlines(keepends=True)
+    files = {"train": lines[::2], "validation": lines[1::2]}
+    for name, some in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
     result = heal_folder(
-        tmp_path / "student",
-        tmp_path / "teacher",
-        CLASSIFICATION,
-        [labelled_file],
-        tmp_path / "out",
-        config=config,
-    )
+        tmp_path / "student", tmp_path / "teacher", CLASSIFICATION, [tmp_path / "train.jsonl"], tmp_path / "out",
+        validation=[tmp_path / "validation.jsonl"], config=config,
+    )  # fmt: skip
     assert any("does not help on the validation split" in note for note in result.notes)
     assert Result.load(tmp_path / "out").models[1].metrics == result.models[2].metrics

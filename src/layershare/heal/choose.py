@@ -9,13 +9,16 @@ from layershare.heal.config import DistillConfig
 from layershare.measure.brief import spread
 from layershare.tasks import Data, Task
 
+FEWEST = 32
+"""On a smaller validation split nothing is chosen: there a figure moves by chance more than by healing."""
+
 
 def choose(
     student: Any, teacher: Any, tokenizer: Any, task: Task, data: Data, config: DistillConfig
 ) -> Best | None:
     """What judges ``student`` while it trains, from the weights it has now on; None where the last ones are kept, as
-    config says, or for want of a validation split that can be judged on (scores that are all the same, say)."""
-    if config.keep == "last" or not data.validation:
+    config says, or for want of a validation split that can be judged on (few rows, scores that are all the same)."""
+    if config.keep == "last" or len(data.validation or ()) < FEWEST:
         return None
     rows = spread(data.validation, config.judge_rows)
     metric = task.metric_of(rows)

@@ -89,7 +89,7 @@ class DistillConfig(TrainConfig):
     keep: Literal["best", "last"] = Field(
         "best",
         description="Which weights: the best by the task's metric on the validation split, those it begins with among "
-        "them, or the last. Without such a split: the last.",
+        "them, or the last. Without such a split of at least 32 rows: the last.",
     )
     judge_every: int = Field(
         0,

@@ -64,10 +64,10 @@ def distill(
     ``cache`` it is always done, for all texts, and every later run with this teacher and these texts reads it from
     there, whatever its student, seed or loss.
 
-    Where there is a validation split, the student is judged on it before and afterwards (``config.judge_every``: in
-    between too), and is left with the weights that were best by the task's metric: healing that makes it worse is
-    undone. The history has the figures as ``validation_...``, and in its last entry ``kept_step``, 0 for the weights it
-    began with.
+    Where the validation split has 32 rows or more, the student is judged on it before and afterwards (with
+    ``config.judge_every`` in between too), and is left with the weights that were best by the task's metric: healing
+    that makes it worse is undone. The history has the figures as ``validation_...``, and in its last entry
+    ``kept_step``, 0 for the weights it began with.
 
     Args:
         student, teacher: models of the task's kind with one vocabulary; depth and hidden size may differ. Where the
