@@ -270,6 +270,7 @@ def _decode(model: Any, words: Any, batched: Any) -> list[str]:
             for where, batch in batched:
                 out = forward(model, {name: values.to(device) for name, values in batch.items()})
                 assert out.logits is not None
+                assert out.blank is not None
                 best = out.logits.argmax(-1)
                 if out.mask is not None:
                     best = best.masked_fill(out.mask == 0, out.blank)
@@ -322,9 +323,9 @@ def normalizer(name: str) -> Callable[[str], str]:
     (Radford et al. 2022, arXiv 2212.04356); spellings of English as they are."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-    made = {"basic": BasicTextNormalizer, "english": lambda: EnglishTextNormalizer({}), "none": lambda: str}[
-        name
-    ]()
+    if name == "none":
+        return lambda one: " ".join(one.split())
+    made = BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer({})
     return lambda one: " ".join(made(one).split())
 
 
