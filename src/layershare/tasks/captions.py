@@ -55,7 +55,7 @@ def read_captions(
         convert={"caption": text, "label": label}, beside={"image": vision.image}, stratify="label", **how,
     )  # fmt: skip
     if "caption" in data.columns:  # then it does not matter what labels there are
-        plain = {
+        plain: dict[str, Any] = {
             name: part and part.select_columns(["image", "caption"]) for name, part in data.splits.items()
         }
         return replace(data, **plain, labels=())
@@ -64,7 +64,7 @@ def read_captions(
             f"{data.files[0]}: no column for the caption (looked for {', '.join(COLUMNS['caption'])}) nor for a label.",
             "Say which one it is: --column caption=NAME.",
         )
-    parts = {name: part and _named(part, template) for name, part in data.splits.items()}
+    parts: dict[str, Any] = {name: part and _named(part, template) for name, part in data.splits.items()}
     note = f"Captions: {template!r}, of the label of each image."
     return replace(data, **parts, notes=(*data.notes, note))
 
