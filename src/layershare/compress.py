@@ -192,11 +192,12 @@ class _Job:
             plan = SharingPlan.load(saved)
             self.say(f"\n{plan.picture()}\n")
         with timed("share", seconds):
-            student = (
-                share(self.teacher, plan, calibration=batches, fit="sequential", known=self.moments(batches))
-                if plan.uses_activations
-                else share(self.teacher, plan)
-            )
+            # Fitted in order a model begins better, but is not better once it is healed (docs/log.md).
+            if plan.tables:  # they count tokens, which moments do not tell
+                student = share(self.teacher, plan, calibration=batches, fit="answer")
+            else:
+                known = self.moments(batches) if plan.uses_activations else None
+                student = share(self.teacher, plan, calibration=known)
         told = {
             "texts": sum(len(next(iter(batch.values()))) for batch in batches),
             "heal": self.config.model_dump(mode="json"),
