@@ -28,7 +28,7 @@ class Encoder(Subject):
         "all-MiniLM-L6-v2 (6 x 384, 10,646,784 layer parameters). Retention, in per cent, of the original's R@1",
         "({r1:.4f}, which of 1,000 Debian descriptions belongs to a synopsis; mean of two such sets) and of its",
         "Spearman on STS-B ({spearman:.4f}). Calibrated on 2,048 training texts, half of Debian,",
-        "half of STS-B.",
+        "half of STS-B; layershare (auto) is fitted in order (`share --fit sequential`).",
     )
     figures = {"r1": "R@1", "spearman": "Spearman"}  # noqa: RUF012
     basis_shares = (

@@ -231,7 +231,7 @@ class Task:
         varied: like ``collate``, of rows with their ``position`` in a run of training from which follows what is drawn
             anew each time; None: as ``collate``.
         learns: whether ``encode`` can give labels, so that a model can be trained on them.
-        self_supervised: the input is itself what is to be learnt, by the model's own loss, and no label is needed. Then
+        self_supervised: the rows themselves are what is to be learnt, by the model's own loss, and need no label. Then
             ``encode`` always gets the config.
         head: Data -> the keys of a config for a new head that answers with the labels of the data; None where a model
             has no such head.

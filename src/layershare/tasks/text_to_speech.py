@@ -21,7 +21,7 @@ from layershare.tasks.masking import IGNORED
 from layershare.tasks.reading import read_splits
 from layershare.tasks.scores import correlations
 from layershare.tasks.sound import halves
-from layershare.tasks.task import Data, Outputs, Paths, Task
+from layershare.tasks.task import Data, Outputs, Paths, Task, own_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,8 +63,9 @@ def configure(values: Mapping[str, Any]) -> Task:
         inputs=INPUTS,
         collate=collate,
         counts=counts,
-        loss=lambda outputs, labels: outputs.loss,  # noqa: ARG005 - the model's own
+        loss=own_loss,
         learns=True,
+        self_supervised=True,
         configure=configure,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
     )
