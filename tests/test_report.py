@@ -1,10 +1,12 @@
 """The page is well-formed and alone; the picture shows exactly the plan; the card is what the hub expects."""
 
+import ast
 import re
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+import transformers
 
 from layershare import report
 from layershare.errors import PlanError, StoreError
@@ -12,6 +14,7 @@ from layershare.plan import SharingPlan
 from layershare.report.charts import curve, decades, latency_bars, parameter_bars, running_mean, ticks
 from layershare.report.plan_svg import mark, plan_svg
 from layershare.result import Figures, Latency, Result
+from layershare.tasks import TASKS
 
 PLAN: dict[str, Any] = {
     "stacks": [
@@ -245,6 +248,18 @@ def test_the_card_is_one_the_hub_can_read():
 )  # fmt: skip
 def test_the_hub_is_told_what_the_model_is_for(task, tag):
     assert f"\npipeline_tag: {tag}\n" in report.model_card(made(task=task))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_lines_that_load_the_model_are_python_and_name_what_there_is(task):
+    (code,) = re.findall(r"```python\n(.*?)```", report.model_card(made(task=task)), flags=re.DOTALL)
+    names = [
+        alias.name
+        for line in ast.parse(code).body if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    ]  # fmt: skip
+    assert all(hasattr(transformers, name) for name in names)
+    assert code.count(".from_pretrained(") == len(names)
 
 
 def test_the_card_shows_table_plan_and_data_but_no_local_path(tmp_path):

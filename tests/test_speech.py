@@ -25,8 +25,9 @@ from layershare.sharing import plan_of, verify
 from layershare.sharing.folder import share_folder
 from layershare.store.open import load_model, load_processor
 from layershare.tasks import get_task, speech_recognition
-from layershare.tasks.speech_recognition import measure, transcribe
+from layershare.tasks.speech_recognition import transcribe
 from layershare.tasks.task import Outputs
+from layershare.tasks.word_errors import measure
 
 SETTINGS = {"seconds": 1.0, "max_new_tokens": 8}
 TASK = get_task("speech-recognition", SETTINGS)

@@ -16,6 +16,9 @@ PIPELINE_TAGS = {
     "translation": "translation",
     "summarization": "summarization",
     "image-classification": "image-classification",
+    "image-to-text": "image-to-text",
+    "object-detection": "object-detection",
+    "zero-shot-image-classification": "zero-shot-image-classification",
     "audio-classification": "audio-classification",
     "speech-recognition": "automatic-speech-recognition",
     "text-to-speech": "text-to-speech",
@@ -65,16 +68,19 @@ def _name(source: str) -> str:
 
 def _loading(result: Result) -> str:
     auto, *others = TASKS[result.task].auto_class.split("|") if result.task in TASKS else ["AutoModel"]
-    processor = TASKS[result.task].processor if result.task in TASKS else "AutoTokenizer"
-    name = "tokenizer" if processor == "AutoTokenizer" else "processor"
+    before = TASKS[result.task].processor.split("+") if result.task in TASKS else ["AutoTokenizer"]
+    names = ["tokenizer" if one == "AutoTokenizer" else "processor" for one in before]
+    opened = "\n".join(
+        f'{name} = {one}.from_pretrained("FOLDER")' for name, one in zip(names, before, strict=True)
+    )
     return f"""## Use
 
 ```python
 import layershare  # so that transformers can read shared layers
-from transformers import {auto}, {processor}{f"  # or {', '.join(others)}, by its type" if others else ""}
+from transformers import {", ".join([auto, *before])}{f"  # or {', '.join(others)}, by its type" if others else ""}
 
 model = {auto}.from_pretrained("FOLDER")
-{name} = {processor}.from_pretrained("FOLDER")
+{opened}
 ```
 
 Without `import layershare`, transformers refuses to load it."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from layershare.config import Config
 from layershare.tasks import classification, sound
 from layershare.tasks.classification import answers, forward, head, metric_of
-from layershare.tasks.task import Data, Task
+from layershare.tasks.task import Task, no_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,11 +31,6 @@ read = partial(
 )
 """Reads sounds with their labels: a table with a column of paths, or a folder ``LABEL/SOUND``. Every sound is opened
 once, and kept nowhere."""
-
-
-def texts(data: Data) -> list[str]:  # noqa: ARG001 - as for every task
-    """None: there is no text."""
-    return []
 
 
 def configure(values: Mapping[str, Any]) -> Task:
@@ -70,7 +65,7 @@ def configure(values: Mapping[str, Any]) -> Task:
         optional=OPTIONAL,
         read=read,
         encode=encode,
-        texts=texts,
+        texts=no_texts,
         check=classification.check,
         forward=partial(forward, mask=sound.mask_of),
         evaluate=classification.evaluator(predict),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from layershare.tasks import classification, vision
 from layershare.tasks.classification import answers, forward, head, metric_of
-from layershare.tasks.task import Data, Task
+from layershare.tasks.task import Task, no_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,11 +33,6 @@ def encode(
     return classification.different(dataset, "image", config)
 
 
-def texts(data: Data) -> list[str]:  # noqa: ARG001 - as for every task
-    """None: there is no text."""
-    return []
-
-
 def predict(
     model: Any,
     processor: Any,
@@ -63,7 +58,7 @@ TASK = Task(
     optional=OPTIONAL,
     read=read,
     encode=encode,
-    texts=texts,
+    texts=no_texts,
     check=classification.check,
     forward=forward,
     evaluate=evaluate,

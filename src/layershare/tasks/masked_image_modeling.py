@@ -17,7 +17,7 @@ from layershare.errors import ModelError
 from layershare.tasks import classification, vision
 from layershare.tasks.encoding import batches
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task, own_loss
+from layershare.tasks.task import Data, Outputs, Paths, Task, no_texts, own_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,11 +106,6 @@ def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states:
     return Outputs(None, None, states, None, values=out.logits, value_weights=out.mask, loss=out.loss)
 
 
-def texts(data: Data) -> list[str]:  # noqa: ARG001 - as for every task
-    """None: there is no text."""
-    return []
-
-
 def metric_of(dataset: "Dataset") -> str:  # noqa: ARG001 - as for every task
     """``error``."""
     return "error"
@@ -167,7 +162,7 @@ def configure(values: Mapping[str, Any]) -> Task:
         optional=frozenset(),
         read=read,
         encode=encode,
-        texts=texts,
+        texts=no_texts,
         check=check,
         forward=forward,
         evaluate=evaluate,

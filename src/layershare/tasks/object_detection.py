@@ -23,7 +23,7 @@ from layershare.tasks.detections import average_precision, found_by
 from layershare.tasks.files import label, number
 from layershare.tasks.media import Medium
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task, own_loss
+from layershare.tasks.task import Data, Outputs, Paths, Task, no_texts, own_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +97,7 @@ def read(
     columns: Mapping[str, str] | None = None,
     **how: Any,
 ) -> Data:
-    """Read images with boxes and their labels, or without any. Every image is opened once, and kept nowhere."""
+    """Read images with boxes and their labels, or without any. Every image is opened, and kept nowhere."""
     return read_splits(
         paths, test, validation, candidates=COLUMNS, given=columns, optional=OPTIONAL, folders=vision.folders,
         convert={"boxes": boxes, "labels": names}, beside={"image": sized}, equal=("boxes", "labels"),
@@ -187,11 +187,6 @@ def forward(model: "nn.Module", batch: "Mapping[str, Tensor]", *, hidden_states:
     )  # fmt: skip
 
 
-def texts(data: Data) -> list[str]:  # noqa: ARG001 - as for every task
-    """None: there is no text."""
-    return []
-
-
 def metric_of(dataset: "Dataset") -> str:
     """``map`` where there are boxes, ``agreement`` otherwise."""
     return "map" if "boxes" in dataset.column_names else "agreement"
@@ -242,7 +237,7 @@ def configure(values: Mapping[str, Any]) -> Task:
         optional=OPTIONAL,
         read=read,
         encode=encode,
-        texts=texts,
+        texts=no_texts,
         check=check,
         forward=forward,
         evaluate=evaluate,

@@ -20,9 +20,9 @@ from layershare.tasks import seq2seq, sound
 from layershare.tasks.encoding import batches, pad
 from layershare.tasks.files import text
 from layershare.tasks.masking import IGNORED
-from layershare.tasks.reading import read_splits
 from layershare.tasks.sound import halves
-from layershare.tasks.task import Data, Outputs, Paths, Task, label_loss
+from layershare.tasks.task import Data, Outputs, Task, label_loss, no_texts
+from layershare.tasks.word_errors import measure, normalizer
 from layershare.tasks.writing import Writing, generate
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def configure(values: Mapping[str, Any]) -> Task:
         higher_is_better=False,
         columns=COLUMNS,
         optional=frozenset(),
-        read=partial(_read, settings),
+        read=partial(sound.read_said, settings.seconds, candidates=COLUMNS, convert={"transcript": text}),
         encode=partial(_encode, settings),
-        texts=lambda data: [],  # noqa: ARG005 - as for every task
+        texts=no_texts,
         check=_check,
         forward=forward,
         evaluate=partial(_evaluate, settings),
@@ -81,27 +81,6 @@ def configure(values: Mapping[str, Any]) -> Task:
         configure=configure,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
     )
-
-
-def _read(
-    settings: Settings,
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read sounds and what is said in them: a table with a column of paths, or a folder with a ``metadata.csv``. Every
-    sound is opened once, and kept nowhere; none stands in two parts. One that is longer than ``seconds`` is refused:
-    cut, it would not be what its transcript says."""
-    return read_splits(
-        paths, test, validation, candidates=COLUMNS, given=columns, optional=frozenset(), convert={"transcript": text},
-        beside={"audio": partial(sound.at_most, settings.seconds)}, folders=sound.folders, split=split, seed=seed,
-        skip_bad=skip_bad,
-    )  # fmt: skip
 
 
 def _check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for every task
@@ -305,28 +284,6 @@ def _evaluate(
         same = [plain(one) == plain(other) for one, other in zip(ours, theirs, strict=True)]
         figures["agreement"] = sum(same) / len(same)
     return figures
-
-
-def measure(normalize: str, written: Sequence[str], true: Sequence[str]) -> dict[str, float]:
-    """``wer`` and ``cer`` of all texts together; 0 is best, and more than 1 is possible."""
-    try:
-        import jiwer
-    except ImportError as error:
-        raise seq2seq.needs("jiwer", error, "speech") from None
-    plain = normalizer(normalize)
-    ours, theirs = [plain(one) for one in written], [plain(one) for one in true]
-    return {"wer": float(jiwer.wer(theirs, ours)), "cer": float(jiwer.cer(theirs, ours))}
-
-
-def normalizer(name: str) -> Callable[[str], str]:
-    """What makes two texts equal that differ only in what does not count, see :class:`Settings`. Those of Whisper
-    (Radford et al. 2022, arXiv 2212.04356); spellings of English as they are."""
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-
-    if name == "none":
-        return lambda one: " ".join(one.split())
-    made = BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer({})
-    return lambda one: " ".join(made(one).split())
 
 
 TASK = configure({})

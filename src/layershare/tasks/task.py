@@ -184,6 +184,11 @@ def label_loss(outputs: Outputs, labels: "Tensor") -> "Tensor":
     return label_ce(outputs.logits.float(), labels)
 
 
+def no_texts(data: Data) -> list[str]:  # noqa: ARG001 - as for every task
+    """None: what such models read is no text that two parts must not share."""
+    return []
+
+
 def own_loss(outputs: Outputs, labels: Any) -> "Tensor":  # noqa: ARG001 - as for every task
     """The loss of a task whose models compute it themselves: ``forward`` gets the ``labels`` too when it is wanted."""
     assert outputs.loss is not None

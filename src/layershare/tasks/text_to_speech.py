@@ -18,10 +18,9 @@ from layershare.tasks import sound
 from layershare.tasks.encoding import batches, encode, pad
 from layershare.tasks.files import text
 from layershare.tasks.masking import IGNORED
-from layershare.tasks.reading import read_splits
 from layershare.tasks.scores import correlations
 from layershare.tasks.sound import halves
-from layershare.tasks.task import Data, Outputs, Paths, Task, own_loss
+from layershare.tasks.task import Data, Outputs, Task, own_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +52,7 @@ def configure(values: Mapping[str, Any]) -> Task:
         higher_is_better=False,
         columns=COLUMNS,
         optional=frozenset(),
-        read=partial(_read, settings),
+        read=partial(sound.read_said, settings.seconds, candidates=COLUMNS, convert={"text": text}),
         encode=_encode,
         texts=lambda data: [] if data.train is None else list(dict.fromkeys(data.train["text"])),
         check=_check,
@@ -71,27 +70,8 @@ def configure(values: Mapping[str, Any]) -> Task:
     )
 
 
-def _read(
-    settings: Settings,
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read texts and recordings of them: a table with both, or a folder with a ``metadata.csv``. No text stands in two
-    parts."""
-    return read_splits(
-        paths, test, validation, candidates=COLUMNS, given=columns, optional=frozenset(), convert={"text": text},
-        beside={"audio": partial(sound.at_most, settings.seconds)}, folders=sound.folders, split=split, seed=seed,
-        skip_bad=skip_bad,
-    )  # fmt: skip
-
-
 def _check(data: Data, config: Any) -> None:  # noqa: ARG001 - the same call for every task
+    """ModelError for a model that does not write a spectrogram."""
     if not config.is_encoder_decoder:
         raise ModelError(
             f"A {config.model_type} model does not write its spectrogram frame by frame.",
