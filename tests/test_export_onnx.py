@@ -96,9 +96,10 @@ def test_the_manifest_says_the_models_own_pooling(said, module, wanted, tiny, tm
 
 def opened(folder, **said):
     """A runner of a manifest without graphs."""
-    plain = dict(kind="encoder", eos=[], start=None, max_length=None, int8=False, pooling="mean", graphs={})
+    plain = {name: [] for name in ("eos", "start", "barred", "barred_first", "beyond_greedy")}
+    plain |= dict(kind="encoder", max_length=None, int8=False, pooling="mean", graphs={})
     folder.mkdir(exist_ok=True)
-    (folder / runner_of.MANIFEST).write_text(json.dumps(plain | {"beyond_greedy": []} | said))
+    (folder / runner_of.MANIFEST).write_text(json.dumps(plain | said))
     (folder / "config.json").write_text("{}")
     return load(folder)
 
@@ -112,11 +113,11 @@ def test_a_pooling_that_is_not_computed_is_refused(tmp_path, monkeypatch):
 def test_the_start_token_and_what_greedy_search_does_not_follow(tiny, tmp_path):
     model = tiny("t5")
     model.config.decoder_start_token_id, model.generation_config.decoder_start_token_id = 3, 0
-    assert _manifest(model, None)["start"] == 0
+    assert _manifest(model, None)["start"] == [0]
     model.generation_config.decoder_start_token_id = None
     model.generation_config.forced_bos_token_id = 0
     said = _manifest(model, None)
-    assert (said["start"], said["beyond_greedy"]) == (3, ["forced_bos_token_id"])
+    assert (said["start"], said["beyond_greedy"]) == ([3], ["forced_bos_token_id"])
     with pytest.raises(OptionError, match="forced_bos_token_id"):
         opened(tmp_path, **said).generate(["x"])
     model.config.decoder_start_token_id = None
@@ -186,7 +187,7 @@ def test_greedy_tokens_are_those_of_generate(kind, folder, tmp_path):
     wanted = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=0)
     runner = load(tmp_path / "out")
     runner.eos = []
-    found = runner.generate_ids(ids.numpy(), mask.numpy(), max_new_tokens=7)
+    found = runner.generate_ids({"input_ids": ids.numpy(), "attention_mask": mask.numpy()}, max_new_tokens=7)
     assert found.tolist() == wanted[:, -7:].tolist()
 
 

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +37,7 @@ OPSET = 23
 """The first that has attention, rotary embeddings and root mean square norms as single operators: half the nodes."""
 TOLERANCE = 1e-3
 """Most difference of float outputs, relative to the largest output."""
-BEYOND_GREEDY = ("forced_bos_token_id", "bad_words_ids", "suppress_tokens")
+BEYOND_GREEDY = ("forced_bos_token_id", "bad_words_ids")
 """Settings of a generation config with which greedy search gives other tokens; the runner does not follow them."""
 
 
@@ -96,7 +96,7 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
         with contextlib.suppress(ModelError):
             tokenizer = load_tokenizer(folder)
         said = _manifest(model, tokenizer)
-        names = tokenizer.model_input_names if tokenizer is not None else ("attention_mask",)
+        names = _names(model, folder, tokenizer)
         parts = programs(model, names)
         if early is not None:
             parts = [replace(part_of, module=staged.Stages(early)) for part_of in parts]
@@ -198,14 +198,47 @@ def _manifest(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
             f"{type(model).__name__} has no decoder_start_token_id.", "Set it in its generation_config.json."
         )
     limit = 512 if kind == "encoder" else 10**6
+    beyond = [name for name in BEYOND_GREEDY if getattr(settings, name, None) not in (None, [])]
+    told = _told(settings)
     return {
         "kind": kind,
         "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
-        "start": start,
-        "beyond_greedy": [name for name in BEYOND_GREEDY if getattr(settings, name, None) not in (None, [])],
+        "start": [] if start is None else [start, *(told or ())],
+        "barred": getattr(settings, "suppress_tokens", None) or [],
+        "barred_first": getattr(settings, "begin_suppress_tokens", None) or [],
+        "beyond_greedy": beyond if told is not None else [*beyond, "language"],
         "pooling": _pooling(model) if kind == "encoder" else None,
         "max_length": usable_length(tokenizer, config, limit) if tokenizer is not None else None,
     }
+
+
+def _told(settings: Any) -> list[int] | None:
+    """What Whisper's decoder is told behind its start: the language, the task, and to write no times; None where the
+    language is left to be found out, or to the caller."""
+    told = []
+    if getattr(settings, "is_multilingual", None):
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+        language = str(getattr(settings, "language", None)).lower().strip("<|>")
+        known = settings.lang_to_id.get(f"<|{TO_LANGUAGE_CODE.get(language, language)}|>")
+        if known is None:
+            return None
+        told = [known, settings.task_to_id[getattr(settings, "task", None) or "transcribe"]]
+    silent: int | None = getattr(settings, "no_timestamps_token_id", None)
+    if silent is None or getattr(settings, "return_timestamps", None):
+        return told
+    return [*told, silent]
+
+
+def _names(model: PreTrainedModel, folder: Path, tokenizer: Any) -> Sequence[str]:
+    """What comes with the model's main input."""
+    if model.main_input_name == "input_ids":
+        return tokenizer.model_input_names if tokenizer is not None else ("attention_mask",)
+    try:
+        said = json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        said = {}
+    return ("attention_mask",) if said.get("return_attention_mask", True) else ()
 
 
 def _pooling(model: PreTrainedModel) -> str | None:

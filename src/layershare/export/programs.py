@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from layershare.errors import ModelError
+from layershare.onnx.sources import MASKED, source
 from layershare.sharing.kv import ReadingLayer, owners
 
 BATCH, LENGTH, PAST = 2, 5, 3  # of the traced example; a size of 1 would be taken for a constant
@@ -48,46 +49,49 @@ class _Named(nn.Module):
 
 
 def kind_of(model: PreTrainedModel) -> str:
-    """``encoder`` or a key of ``OTHERS``. Raises ModelError for what is none of them."""
-    name = type(model).__name__
-    if model.main_input_name == "pixel_values":
-        return "vision"
-    if model.main_input_name != "input_ids":
-        raise ModelError(f"{name} takes {model.main_input_name}: text and image models can be exported.")
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return "decoder" if model.can_generate() and _takes(model, "past_key_values") else "encoder"
-    if not model.can_generate():
-        raise ModelError(
-            f"{name} is an encoder-decoder without a head that generates, and cannot be exported."
-        )
-    return "encoder-decoder"
+    """``decoder``, ``encoder-decoder`` or a value of ``READS``. Raises ModelError for what is none of them."""
+    name, main, generates = type(model).__name__, model.main_input_name, model.can_generate()
+    if main not in READS:
+        raise ModelError(f"{name} takes {main}: models of texts, images and sounds can be exported.")
+    if getattr(model.config, "is_encoder_decoder", False) and (generates or main == "input_ids"):
+        if not generates or not _takes(model, "decoder_input_ids"):
+            raise ModelError(
+                f"{name} is an encoder-decoder without a head that generates, and cannot be exported."
+            )
+        return "encoder-decoder"
+    if main == "input_ids" and generates and _takes(model, "past_key_values"):
+        return "decoder"
+    return READS[main]
 
 
 @torch.no_grad()
 def programs(model: PreTrainedModel, names: Sequence[str] = ("attention_mask",)) -> list[Program]:
-    """The graphs of ``model``. ``names``: what its tokenizer gives besides ``input_ids``. Raises ModelError."""
-    kind = kind_of(model)
-    return _encoder(model, names) if kind == "encoder" else OTHERS[kind](model)
+    """The graphs of ``model``. ``names``: what comes with its main input. Raises ModelError."""
+    make = MAKERS.get(kind_of(model), _answering)
+    return make(model, names)
 
 
-def _encoder(model: PreTrainedModel, names: Sequence[str]) -> list[Program]:
-    example = {"input_ids": _ids(LENGTH)}
-    if "attention_mask" in names and _takes(model, "attention_mask"):
-        example["attention_mask"] = torch.ones_like(example["input_ids"])
-    if "token_type_ids" in names and _takes(model, "token_type_ids"):
+def _answering(model: PreTrainedModel, names: Sequence[str]) -> list[Program]:
+    example, axes = _source(model, names)
+    return [Program("model", _Named(model, _answer), example, axes)]
+
+
+def _source(
+    model: PreTrainedModel, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """What the model reads, as an example, and the dynamic axes of it."""
+    main = model.main_input_name
+    first = torch.from_numpy(source(model.config.to_dict(), main, BATCH, LENGTH))
+    example = {main: _ids(LENGTH) if main == "input_ids" else first}
+    ragged = main in MASKED and first.ndim == 2
+    if ragged and "attention_mask" in names and _takes(model, "attention_mask"):
+        example["attention_mask"] = torch.ones(first.shape, dtype=torch.long)
+    if main == "input_ids" and "token_type_ids" in names and _takes(model, "token_type_ids"):
         example["token_type_ids"] = torch.zeros_like(example["input_ids"])
-    return [Program("model", _Named(model, _answer), example, dict.fromkeys(example, (0, 1)))]
+    return example, dict.fromkeys(example, (0, 1) if ragged else (0,))
 
 
-def _vision(model: PreTrainedModel) -> list[Program]:
-    size = model.config.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    shape = (BATCH, model.config.num_channels, height, width)
-    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return [Program("model", _Named(model, _answer), {"pixel_values": pixels}, {"pixel_values": (0,)})]
-
-
-def _decoder(model: PreTrainedModel) -> list[Program]:
+def _decoder(model: PreTrainedModel, _: Sequence[str]) -> list[Program]:
     cache = model(input_ids=_ids(PAST), use_cache=True).past_key_values
     past, reads = _states(cache), owners(cache)
     example: dict[str, Any] = {
@@ -107,23 +111,26 @@ def _decoder(model: PreTrainedModel) -> list[Program]:
     return [Program("model", _Named(model, step), example, axes)]
 
 
-def _encoder_decoder(model: PreTrainedModel) -> list[Program]:
-    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    source = {"input_ids": _ids(LENGTH), "attention_mask": mask}
-    cache = model(**source, decoder_input_ids=_ids(PAST), use_cache=True).past_key_values
+def _encoder_decoder(model: PreTrainedModel, _: Sequence[str]) -> list[Program]:
+    # A tokenizer may give no mask, yet texts of a batch are padded. Of sounds the decoder would need one of frames.
+    read, source_axes = _source(model, ("attention_mask",) if model.main_input_name == "input_ids" else ())
+    cache = model(**read, decoder_input_ids=_ids(PAST), use_cache=True).past_key_values
     own, kept = _states(cache.self_attention_cache), _states(cache.cross_attention_cache)
     past = {layer: {"decoder": own[layer], "encoder": kept[layer]} for layer in own}
-    target = {"input_ids": _ids(PAST), "encoder_attention_mask": mask, "past_key_values": past}
+    target = {"input_ids": _ids(PAST), "past_key_values": past}
+    if "attention_mask" in read:
+        target["encoder_attention_mask"] = read["attention_mask"]
     axes = dict.fromkeys(target, (0, 1)) | {"past_key_values": _axes(past)}
     return [
-        Program("encoder", _Named(model, _encode), source, dict.fromkeys(source, (0, 1))),
+        Program("encoder", _Named(model, _encode), read, source_axes),
         Program("decoder", _Named(model, _decode), target, axes),
     ]
 
 
 def _encode(model: PreTrainedModel, **inputs: Tensor) -> dict[str, Any]:
     # What the decoder keeps of the source depends on no decoded token: the rest of this step falls away.
-    start = torch.zeros_like(inputs["input_ids"][:, :1])
+    first = inputs[model.main_input_name]
+    start = torch.zeros((first.shape[0], 1), dtype=torch.long)
     out = model(**inputs, decoder_input_ids=start, use_cache=True)
     kept = _states(out.past_key_values.cross_attention_cache)
     present = {layer: {"encoder": states} for layer, states in kept.items()}
@@ -132,12 +139,14 @@ def _encode(model: PreTrainedModel, **inputs: Tensor) -> dict[str, Any]:
 
 def _decode(model: PreTrainedModel, past_key_values: dict, **inputs: Tensor) -> dict[str, Any]:
     own, kept = ({i: layer[side] for i, layer in past_key_values.items()} for side in ("decoder", "encoder"))
-    mask = inputs["encoder_attention_mask"]
+    mask, keys = inputs.get("encoder_attention_mask"), kept["0"]["key"]
     # Only their batch and length are asked for: the keys and values of the source are in the cache.
-    states = kept["0"]["key"].new_zeros(*mask.shape, model.config.hidden_size)
+    width = getattr(model.config, "hidden_size", None) or model.config.encoder.hidden_size
+    states = keys.new_zeros(keys.shape[0], keys.shape[2], width)
     out = model(
-        encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=inputs["input_ids"],
-        past_key_values=EncoderDecoderCache(_cache(own), _cache(kept)), use_cache=True,
+        encoder_outputs=(states,), decoder_input_ids=inputs["input_ids"], use_cache=True,
+        past_key_values=EncoderDecoderCache(_cache(own), _cache(kept)),
+        **({} if mask is None else {"attention_mask": mask}),
     )  # fmt: skip
     own = _states(out.past_key_values.self_attention_cache)
     return {"logits": out.logits, "present": {i: {"decoder": states} for i, states in own.items()}}
@@ -145,9 +154,10 @@ def _decode(model: PreTrainedModel, past_key_values: dict, **inputs: Tensor) -> 
 
 def _answer(model: PreTrainedModel, **inputs: Tensor) -> dict[str, Tensor]:
     out = model(**inputs)
-    for name in ("logits", "last_hidden_state"):
-        if name in out:
-            return {name: out[name]}
+    if "logits" in out:
+        return {name: out[name] for name in ("logits", "pred_boxes") if name in out}
+    if "last_hidden_state" in out:
+        return {"last_hidden_state": out["last_hidden_state"]}
     raise ModelError(f"{type(model).__name__} gives neither logits nor a last_hidden_state.")
 
 
@@ -188,8 +198,9 @@ def _ids(length: int) -> Tensor:
     return torch.arange(BATCH * length).reshape(BATCH, length)
 
 
-OTHERS: dict[str, Callable[[PreTrainedModel], list[Program]]] = {
+READS = {"input_ids": "encoder", "pixel_values": "vision", "input_values": "sound", "input_features": "sound"}
+"""Main input -> the kind of a model that answers in one pass."""
+MAKERS: dict[str, Callable[[PreTrainedModel, Sequence[str]], list[Program]]] = {
     "decoder": _decoder,
     "encoder-decoder": _encoder_decoder,
-    "vision": _vision,
 }

@@ -170,4 +170,4 @@ def _generation(subject: Subject, tokens: int, new: int) -> Callable[[], object]
     inputs = subject.inputs(1, tokens)
     assert subject.generate is not None
     generate = subject.generate
-    return lambda: generate(inputs["input_ids"], inputs["attention_mask"], new)
+    return lambda: generate(inputs, new)

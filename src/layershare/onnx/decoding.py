@@ -3,7 +3,7 @@
 ``runner`` is a :class:`layershare.onnx.runner.Runner`.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,17 @@ import numpy as np
 PRESENT, PAST = "present.", "past_key_values."
 
 
-def decode(runner: Any, input_ids: np.ndarray, attention_mask: np.ndarray, max_new_tokens: int) -> np.ndarray:
-    """New token ids [N, at most max_new_tokens], greedily; behind an end token a row goes on with it."""
-    scores = steps(runner, input_ids, attention_mask)
-    logits, found, ended = next(scores), [], np.zeros(len(input_ids), bool)
+def decode(
+    runner: Any, read: Mapping[str, np.ndarray], max_new_tokens: int, start: Sequence[int] = ()
+) -> np.ndarray:
+    """New token ids [N, at most max_new_tokens], greedily; behind an end token a row goes on with it. The tokens that
+    the model is never to say, or not at first, are not said."""
+    scores = steps(runner, read, start)
+    logits, found = next(scores), list[np.ndarray]()
+    ended = np.zeros(len(logits), bool)
+    barred = runner.barred + runner.barred_first
     while True:
+        logits[:, barred], barred = -np.inf, runner.barred
         best = logits.argmax(-1)
         if runner.eos:
             best = np.where(ended, runner.eos[0], best)
@@ -27,20 +33,23 @@ def decode(runner: Any, input_ids: np.ndarray, attention_mask: np.ndarray, max_n
 
 
 def steps(
-    runner: Any, input_ids: np.ndarray, attention_mask: np.ndarray
+    runner: Any, read: Mapping[str, np.ndarray], start: Sequence[int] = ()
 ) -> Generator[np.ndarray, np.ndarray, None]:
     """Yields the logits [N, vocabulary] of the next token, and takes the token [N] that was chosen."""
     from onnxruntime import OrtValue
 
     fixed: dict[str, Any] = {}
     if runner.kind == "encoder-decoder":
-        source = runner("encoder", input_ids=input_ids, attention_mask=attention_mask)
-        fixed = {_past(name): array for name, array in source.items() if name.startswith(PRESENT)}
-        fixed |= {"encoder_attention_mask": attention_mask}
-        input_ids = np.full((len(input_ids), 1), runner.start)
+        made = runner("encoder", **read)
+        fixed = {_past(name): array for name, array in made.items() if name.startswith(PRESENT)}
+        rows = len(next(iter(read.values())))
+        input_ids = np.array([start or runner.start] * rows, np.int64)
         attention_mask = np.ones_like(input_ids)
         session = runner.sessions["decoder"]
+        if "encoder_attention_mask" in {one.name for one in session.get_inputs()}:
+            fixed["encoder_attention_mask"] = np.asarray(read["attention_mask"], np.int64)
     else:
+        input_ids, attention_mask = read["input_ids"], read["attention_mask"]
         session = runner.sessions["model"]
     known = {one.name: one.shape for one in session.get_inputs()}
     outputs = [one.name for one in session.get_outputs()]

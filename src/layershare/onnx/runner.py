@@ -1,7 +1,7 @@
-"""The runner of exported models: texts in, embeddings, labels or texts out."""
+"""The runner of exported models: texts, images or sounds in, embeddings, labels or texts out."""
 
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from layershare.onnx.session import open_session
 
 MANIFEST = "layershare_onnx.json"
 Arrays = dict[str, np.ndarray]
+TYPES: dict[str, Any] = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+"""Processors give other integers."""
 
 
 def _mean(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -44,7 +46,7 @@ class Runner:
     """An exported model.
 
     Attributes:
-        kind: ``encoder``, ``decoder``, ``encoder-decoder`` or ``vision``.
+        kind: ``encoder``, ``vision`` and ``sound`` answer in one pass; ``decoder`` and ``encoder-decoder`` generate.
         config: the model's config.json.
         int8: whether it is quantised.
         sessions: the onnxruntime session of each graph, by name.
@@ -60,7 +62,9 @@ class Runner:
             said = json.loads(file.read_text(encoding="utf-8"))
             self.kind: str = said["kind"]
             self.eos: list[int] = said["eos"]
-            self.start: int | None = said["start"]
+            self.start: list[int] = said["start"]
+            self.barred: list[int] = said["barred"]
+            self.barred_first: list[int] = said["barred_first"]
             self.limit: int = said["max_length"] or 512
             self.int8: bool = said["int8"]
             self.pooling: str | None = said["pooling"]
@@ -80,12 +84,13 @@ class Runner:
     def __call__(self, graph: str | None = None, /, **arrays: np.ndarray) -> Arrays:
         """Run one graph (default: the first) on arrays by name; what it has no input for is left out."""
         session = self.sessions[graph] if graph else next(iter(self.sessions.values()))
-        known = {one.name for one in session.get_inputs()}
+        known = {one.name: TYPES[one.type] for one in session.get_inputs()}
         outputs = [one.name for one in session.get_outputs()]
         if self.exits and self.threshold is not None:
-            known.add("threshold")
-            arrays["threshold"] = np.array(self.threshold, dtype=np.float32)
-        found = session.run(outputs, {name: array for name, array in arrays.items() if name in known})
+            known["threshold"] = np.float32
+            arrays["threshold"] = np.array(self.threshold)
+        read = {name: np.asarray(array, known[name]) for name, array in arrays.items() if name in known}
+        found = session.run(outputs, read)
         return dict(zip(outputs, found, strict=True))
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
@@ -126,8 +131,8 @@ class Runner:
     def generate(self, texts: Sequence[str], *, max_new_tokens: int = 20) -> list[str]:
         """What follows each text, or what an encoder-decoder makes of it: greedily, to the end token at most.
 
-        Plain greedy search: of the model's generation config only the start and end tokens count. Raises OptionError
-        where that config forces or forbids tokens, since the texts would be others than the model's.
+        Plain greedy search: of the model's generation config only the start and end tokens and those that are never to
+        be said count. Raises OptionError where that config asks for more, since the texts would be others.
         """
         if self.beyond_greedy:
             raise OptionError(
@@ -136,25 +141,29 @@ class Runner:
                 "generate_ids searches without it; steps gives the scores to search in your own way.",
             )
         tokens = self.tokenize(texts, left=self.kind == "decoder")
-        found = self.generate_ids(**tokens, max_new_tokens=max_new_tokens)
+        found = self.generate_ids(tokens, max_new_tokens=max_new_tokens)
         return [self.tokenizer.decode(list(row)) for row in found]
 
     def generate_ids(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, *, max_new_tokens: int, **_: Any
+        self, read: Mapping[str, np.ndarray], *, max_new_tokens: int, start: Sequence[int] = ()
     ) -> np.ndarray:
         """New token ids [N, at most max_new_tokens], greedily; behind an end token the rows go on with it.
 
-        Both arrays [N, T], the prompts of a decoder padded on the left.
+        read: what the model reads, by name: ``input_ids`` and ``attention_mask`` [N, T], the prompts of a decoder padded
+        on the left; or ``input_features``, ``input_values`` or ``pixel_values``, as the processor beside the graphs
+        makes them. start: tokens that the decoder of an encoder-decoder begins with, as Whisper's language; default:
+        what the model's generation config says.
         """
         self._require_generator()
-        return decode(self, input_ids, attention_mask, max_new_tokens)
+        return decode(self, read, max_new_tokens, start)
 
     def steps(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray
+        self, read: Mapping[str, np.ndarray], *, start: Sequence[int] = ()
     ) -> Generator[np.ndarray, np.ndarray, None]:
-        """A generator of the logits [N, vocabulary] of each next token; ``send`` it the tokens [N] that you choose."""
+        """A generator of the logits [N, vocabulary] of each next token; ``send`` it the tokens [N] that you choose.
+        ``read``, ``start``: as for :meth:`generate_ids`."""
         self._require_generator()
-        return steps(self, input_ids, attention_mask)
+        return steps(self, read, start)
 
     def tokenize(self, texts: Sequence[str], *, left: bool = False) -> Arrays:
         """Padded ``input_ids``, ``attention_mask`` and ``token_type_ids``, each [N, T]."""
