@@ -1,10 +1,12 @@
 """D-Rank: effective ranks of known matrices, ranks by the formula, within the budget."""
 
+import json
+
 import pytest
 import torch
 
 from layershare import SharingPlan, make_plan, predict, share, verify
-from layershare.errors import PlanError
+from layershare.errors import OptionError, PlanError
 from layershare.sharing.folder import share_folder
 from layershare.sharing.layout import resolve
 from layershare.sharing.lowrank import effective_rank
@@ -84,17 +86,23 @@ def test_a_matrix_too_small_for_the_rank_of_a_basis_stays_private_with_a_note(ti
         share(model, make_plan(model, "basis", rank=16, parts=["attention"]))
 
 
-def test_it_has_a_name_where_there_are_activations(tiny, bert_folder, pairs_file, tmp_path):
-    made = dict(calibration=[pairs_file], task="sentence-embedding", preset="d_rank")
-    share_folder(bert_folder, tmp_path / "out", budget=0.6, **made)
+@pytest.mark.parametrize("preset", ["d_rank", "auto"])
+def test_it_has_a_name_where_there_are_activations(preset, tiny, bert_folder, pairs_file, tmp_path):
+    made = dict(calibration=[pairs_file], task="sentence-embedding", preset=preset)
+    share_folder(bert_folder, tmp_path / "out", budget=0.6, samples=7, **made)
     plan = SharingPlan.load(tmp_path / "out" / "plan.toml")
     assert 0.5 < predict(find_stacks(tiny("bert")), plan).ratio <= 0.6
     assert {len(group.positions) for group in plan.stacks[0].groups} == {1}
+    fitted = {"d_rank": "inputs", "auto": "answer"}[preset]
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["made"]
+    assert (told["fit"], told["samples"], told["texts"]) == (fitted, 7, 7)
     for wrong, words in [({}, "needs a budget"), ({"budget": 0.5, "rank": 3}, "takes no rank = 3")]:
         with pytest.raises(PlanError, match=words):
             share_folder(bert_folder, tmp_path / "other", **made, **wrong)
     with pytest.raises(PlanError, match="activations"):
-        make_plan(tiny("bert"), "d_rank", budget=0.5)
+        make_plan(tiny("bert"), preset, budget=0.5)
+    with pytest.raises(OptionError, match="--samples 7 needs --calibration"):
+        share_folder(bert_folder, tmp_path / "other", preset=preset, budget=0.5, samples=7)
 
 
 def test_moments_say_the_same_as_the_batches(tiny, batch_for):

@@ -115,6 +115,16 @@ def test_a_changed_key_remakes_its_stage_and_those_behind(few, tmp_path):
     assert set(states(plan(load(tmp_path / "few.yaml"), out)).values()) == {"to do"}
 
 
+def test_a_plan_that_is_searched_takes_at_most_its_budget(few, tmp_path):
+    found = {"preset": "auto", "unique": None, "budget": 0.5, "calibrate": True, "samples": 8}
+    data = {"task": "text-classification", "files": [str(tmp_path / "data.csv")]}
+    recipe = load(few(distilled=None, pruned=None, shared=found | {"data": data}))
+    before, after = plan(recipe, tmp_path / "out").planned[-1], run(recipe, tmp_path / "out").planned[-1]
+    assert not before.exact
+    assert 0.9 * before.parameters < after.parameters <= before.parameters
+    assert '"fit": "answer"' in (tmp_path / "out" / "shared" / "result.json").read_text().replace("\\", "")
+
+
 def test_a_killed_run_goes_on_in_the_middle_of_a_stage(few, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 

@@ -92,7 +92,7 @@ Preset = Annotated[
     str,
     typer.Option(
         help="A published scheme: all, sequence, cycle, cycle_rev, middle_cycle, sandwich, adjacent; "
-        "or drop, gated, basis, geopair, atoms; or d_rank, with --calibration."
+        "or drop, gated, basis, geopair, atoms; or, with --calibration and --budget, auto or d_rank."
     ),
 ]
 Unique = Annotated[int | None, typer.Option(help="Distinct layers per stack.")]
@@ -110,14 +110,22 @@ Rank = Annotated[
 KeysValues = Annotated[
     bool, typer.Option("--kv", help="Keys and values of each group come from its first position.")
 ]
-Calibration = Annotated[Path | None, typer.Option(help="Texts to fit the shared tensors on; needs --task.")]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(help="Texts to fit the shared tensors on; needs --task; may be given several times."),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="How many texts of the calibration; default 256, with --fit sequential 1024.", min=1),
+]
 Stream = Annotated[
     bool, typer.Option("--stream", help="From file to file, for a checkpoint larger than memory.")
 ]
 Fit = Annotated[
-    Literal["inputs", "answer", "sequential"],
+    Literal["inputs", "answer", "sequential"] | None,
     typer.Option(
-        help="What factors are fitted to: each map's inputs, the model's answer, or the model shared so far."
+        help="What factors are fitted to: each map's inputs, the model's answer, or the model shared so far; "
+        "default: inputs, for auto answer."
     ),
 ]
 MaybeTask = Annotated[

@@ -38,17 +38,17 @@ def share(
     model: opt.Model, *, out: opt.Out, plan: opt.PlanFile = None, preset: opt.Preset = "adjacent",
     unique: opt.Unique = None, budget: opt.MaybeBudget = None, parts: opt.Parts = None,
     stack: opt.StackName = None, merge: opt.Merge = "mean", rank: opt.Rank = 0, kv: opt.KeysValues = False,
-    calibration: opt.Calibration = None, task: opt.MaybeTask = None, fit: opt.Fit = "inputs",
-    stream: opt.Stream = False,
+    calibration: opt.Calibration = None, task: opt.MaybeTask = None, fit: opt.Fit = None,
+    samples: opt.Samples = None, stream: opt.Stream = False,
 ) -> Shown:  # fmt: skip
     """Share a model by a plan or a preset. Saves it as it is, without healing."""
     from layershare import plan_of
     from layershare.sharing.folder import share_folder
 
     student = share_folder(
-        model, out, plan=plan, calibration=[] if calibration is None else [calibration], task=task, preset=preset,
+        model, out, plan=plan, calibration=calibration or (), task=task, preset=preset,
         unique=unique, budget=budget, parts=words(parts), stack=stack, merge=merge, rank=rank, kv=kv, stream=stream,
-        fit=fit,
+        fit=fit, samples=samples,
     )  # fmt: skip
     if plan_of(student) is None:  # positions were dropped, no more
         text = f"An ordinary model, {student.num_parameters():,} parameters: nothing is tied.\nSaved in {out}"

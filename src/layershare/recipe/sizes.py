@@ -27,7 +27,7 @@ from layershare.recipe.verbs import (
     trains,
 )
 from layershare.sharing import make_plan, plan_of, predict
-from layershare.sharing.folder import from_the_start, plan_for
+from layershare.sharing.folder import budget_of, from_the_start, plan_for
 from layershare.sharing.tie import count
 from layershare.stacks import find_stacks
 from layershare.store.open import auto_class_of, sketch
@@ -72,8 +72,9 @@ def of_stage(stage: Stage, sizes: Mapping[str, Size], source: Source | None) -> 
     if isinstance(stage, FinetuneStage) and source is not None:
         return _with_head(taken, source)
     if isinstance(stage, ShareStage) and taken.net is not None:
-        stacks = find_stacks(taken.net)
-        return _shared(taken, plan_for(stacks, stage.plan, **stage.options()))
+        if stage.searches:
+            return _within(taken, **stage.options())
+        return _shared(taken, plan_for(find_stacks(taken.net), stage.plan, **stage.options()))
     if isinstance(stage, AdaptStage) and taken.net is not None:
         plan = taken.plan if stage.adapter.share == "group" else None
         adapted = adapt(taken.net, stage.adapter, plan=plan)
@@ -140,6 +141,15 @@ def _with_head(taken: Size, source: Source) -> Size:
         parameters = taken.parameters + change
         return replace(taken, parameters=parameters, bytes=4 * parameters, net=headed)
     return replace(taken, bytes=4 * taken.parameters)
+
+
+def _within(taken: Size, **options: Any) -> Size:
+    """What a plan that is still to be found will store at most."""
+    stacks, budget = budget_of(find_stacks(taken.net), **options)
+    own = count(taken.net, [stack.name for stack in stacks]).layer_unique
+    spared = own - int(budget * own)
+    size = taken.bytes - spared * taken.net.dtype.itemsize
+    return replace(taken, parameters=taken.parameters - spared, bytes=size, exact=False)
 
 
 def _shared(taken: Size, plan: SharingPlan) -> Size:

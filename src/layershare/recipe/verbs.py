@@ -24,7 +24,7 @@ from layershare.prune.config import PruneConfig
 from layershare.prune.folder import prune_folder
 from layershare.sharing.convert import Fit
 from layershare.sharing.folder import from_the_start, share_folder
-from layershare.sharing.make import PlanMerge
+from layershare.sharing.make import MEASURED, PlanMerge
 from layershare.store.open import new_folder
 from layershare.tasks import Task, get_task
 from layershare.train import TrainConfig
@@ -140,7 +140,15 @@ class ShareStage(Stage):
     merge: PlanMerge = "mean"
     rank: int = 0
     calibrate: bool = Field(False, description="Fit the shared tensors on training texts.")
-    fit: Fit = Field("inputs", description="What they are fitted to, see layershare.share; needs calibrate.")
+    fit: Fit | None = Field(
+        None, description="What they are fitted to, see layershare.share; default: inputs, for auto answer."
+    )
+    samples: int | None = Field(None, ge=1, description="How many texts; default 256, if sequential 1024.")
+
+    @property
+    def searches(self) -> bool:
+        """Whether the plan is found on training texts."""
+        return self.plan is None and self.preset in MEASURED and self.calibrate
 
     def options(self) -> dict[str, Any]:
         """For :func:`layershare.sharing.folder.plan_for`."""
@@ -152,7 +160,15 @@ class ShareStage(Stage):
             given = self.source(data)
             reading = given.reading() | {"seed": seed}
             texts = {"calibration": given.paths, "task": given.kind, "reading": reading}
-        share_folder(models["model"], out, plan=self.plan, fit=self.fit, **texts, **self.options())
+        share_folder(
+            models["model"],
+            out,
+            plan=self.plan,
+            fit=self.fit,
+            samples=self.samples,
+            **texts,
+            **self.options(),
+        )
 
 
 class DistillStage(Stage, DistillConfig):

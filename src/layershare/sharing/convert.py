@@ -38,7 +38,7 @@ def share(
     ``fit="sequential"``: as ``answer``, but each map in its turn, on the activations of the model compressed so far
     and with the original's outputs as targets (:mod:`~layershare.sharing.sequential`). It loses least and is slower,
     since both models run once for each step.
-    ``known``: moments of this model measured before, beside batches.
+    ``known``: moments of this model measured before, beside batches; what ``fit`` has no use for is not used.
     Raises :class:`~layershare.errors.PlanError` if the plan does not fit, or needs a calibration that is not given.
     """
     if fit != "inputs" and (calibration is None or isinstance(calibration, Moments)):
@@ -60,6 +60,8 @@ def share(
         return student
     moments = Moments()
     if calibration is not None and wanted:
+        if batches and known and fit == "inputs":
+            known = Moments(known.inputs)
         moments = _statistics(model, plan, sorted(set(wanted)), known or batches, fit)
     weights: dict[str, Tensor] = dict(student.named_parameters(remove_duplicate=False))
     # What a group lends to another one must outlive its own merge, which is written in place.

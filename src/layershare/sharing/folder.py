@@ -1,5 +1,6 @@
 """Share from folder to folder, and the plan that options mean."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from layershare.sharing import make_plan, share
 from layershare.sharing.carry import remember
 from layershare.sharing.convert import Fit
 from layershare.sharing.layout import find
-from layershare.sharing.ranks import d_rank
-from layershare.stacks import find_stacks
+from layershare.sharing.make import MEASURED
+from layershare.sharing.moments import Moments, measure
+from layershare.sharing.search import SEARCHED
+from layershare.stacks import Stack, find_stacks
 from layershare.store.open import (
     copy_preprocessing,
     load_model,
@@ -25,6 +28,7 @@ from layershare.store.open import (
 from layershare.store.shards import SHARD_SIZE
 from layershare.store.stream import share_stream
 from layershare.tasks import Task, get_task
+from layershare.tasks.answers import answer_of, output_change
 from layershare.tasks.calibration import TEXTS, sample_batches
 
 # Least squares on fewer texts overfit, and no healing follows here that would mend it.
@@ -40,7 +44,8 @@ def share_folder(
     task: str | Task | None = None,
     reading: Mapping[str, Any] | None = None,
     stream: bool = False,
-    fit: Fit = "inputs",
+    fit: Fit | None = None,
+    samples: int | None = None,
     **options: Any,
 ) -> Any:
     """Share ``model`` and save it as ``out`` with its tokenizer, plan and a Result of the sizes, without healing.
@@ -50,13 +55,19 @@ def share_folder(
     plan: a plan file; else ``options`` for :func:`layershare.make_plan`. calibration: files to fit the shared tensors
     on, read as ``task`` does, with ``reading`` as its arguments (default: every row counts). stream: from file to file,
     for checkpoints larger than memory; the same files come out, and the student returned has names and shapes alone.
-    fit: see :func:`layershare.share`.
+    fit: see :func:`layershare.share`; default "answer" for the preset ``auto``, else "inputs". samples: how many texts
+    (images, recordings) of the calibration to use; default 256, and 1,024 for "sequential".
     Raises OptionError, PlanError, ModelError, DataError, and StoreError if there is something in ``out``.
     """
     if calibration and task is None:
         raise OptionError("--calibration needs --task, which says how the file is read.")
-    if fit != "inputs" and not calibration:
-        raise OptionError(f"--fit {fit} needs --calibration, texts to fit on.")
+    if (fit not in (None, "inputs") or samples is not None) and not calibration:
+        given = f"fit {fit}" if samples is None else f"samples {samples}"
+        raise OptionError(f"--{given} needs --calibration, texts to fit on.")
+    if samples is not None and samples < 1:
+        raise OptionError(f"--samples {samples} is too few.", "Give 1 or more.")
+    scheme = None if plan is not None else options.get("preset")
+    fit = fit or ("answer" if scheme == "auto" else "inputs")
     if calibration and stream:
         raise OptionError("--stream cannot run the model on a calibration file.", "Leave out one of the two.")
     with new_folder(out) as folder:
@@ -66,24 +77,25 @@ def share_folder(
             kind = get_task(task)
             how = reading or {"split": (1.0, 0.0, 0.0)}
             found, seed = kind.read(list(calibration), **how), how.get("seed", 0)
-            notes = [*found.notes, f'Settings: {{"fit": "{fit}"}}']
+            texts = samples or (ALONE if fit == "sequential" else TEXTS)
+            how_fitted = {"fit": fit, "samples": texts}
+            notes = [*found.notes, f"Settings: {json.dumps(how_fitted)}"]
             told = {"task": kind, "data": found.describe(), "seed": seed, "notes": notes}
-            texts = ALONE if fit == "sequential" else TEXTS
             processor = load_processor(model, kind.processor)
             batches = sample_batches(kind, processor, found, original.config, texts=texts)
-        measured = plan is None and options.get("preset") == "d_rank" and batches is not None
-        made = (
-            d_rank_of(original, options, batches)
-            if measured
-            else plan_for(find_stacks(original), plan, **options)
-        )
+        known = None
+        if batches is not None and scheme in MEASURED:
+            made, known = searched(original, kind, batches, **options)
+        else:
+            made = plan_for(find_stacks(original), plan, **options)
         if stream:
             student = share_stream(original, made, local_folder(model), folder)
         else:
-            student = share(original, made, calibration=batches, fit=fit)
+            student = share(original, made, calibration=batches, fit=fit, known=known)
             if batches is not None:
                 remember(
-                    student, **origin(model, kind, found, seed, fit=fit, split=list(how.get("split", ())))
+                    student,
+                    **origin(model, kind, found, seed, split=list(how.get("split", ())), **how_fitted),
                 )
             student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_preprocessing(model, folder)
@@ -97,18 +109,28 @@ def share_folder(
     return student
 
 
-def d_rank_of(model: Any, options: Mapping[str, Any], batches: Any) -> SharingPlan:
-    """The plan of the preset ``d_rank``, on ``batches``. Raises PlanError for options that it has no use for."""
-    unused = {"merge": "mean", "rank": 0, "unique": None, "parts": None}
+def searched(
+    model: Any, kind: Task, batches: list[dict[str, Any]], *, preset: str, **options: Any
+) -> tuple[SharingPlan, Moments]:
+    """The plan of a preset that is read off the activations of ``batches``, and their moments."""
+    stacks, budget = budget_of(find_stacks(model), preset=preset, **options)
+    known = measure(model, batches, answer=answer_of(kind))
+    plan = SEARCHED[preset](model, stacks, budget, output_change(kind, model, batches), lambda: known)
+    return plan, known
+
+
+def budget_of(
+    stacks: Sequence[Stack], *, preset: str, budget: float | None = None, stack: str | None = None, **options: Any
+) -> tuple[Sequence[Stack], float]:  # fmt: skip
+    """What such a preset takes: the stacks to share, and a budget. Raises PlanError for other options."""
+    unused = {"merge": "mean", "rank": 0, "unique": None, "parts": None, "kv": False}
     if wrong := next(
         (name for name, default in unused.items() if options.get(name, default) != default), None
     ):
-        raise PlanError(f"preset 'd_rank' takes no {wrong} = {options[wrong]}.", "Give a budget.")
-    if (budget := options.get("budget")) is None or not 0 < budget < 1:
-        raise PlanError("preset 'd_rank' needs a budget.", "Give a fraction of the layer parameters.")
-    stacks = find_stacks(model)
-    chosen = stacks if options.get("stack") is None else (find(stacks, options["stack"]),)
-    return SharingPlan(stacks=tuple(d_rank(model, stack, budget, batches) for stack in chosen))
+        raise PlanError(f"preset {preset!r} takes no {wrong} = {options[wrong]}.", "Give a budget.")
+    if budget is None or not 0 < budget < 1:
+        raise PlanError(f"preset {preset!r} needs a budget.", "Give a fraction of the layer parameters.")
+    return stacks if stack is None else [find(stacks, stack)], budget
 
 
 def plan_for(
