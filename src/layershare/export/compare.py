@@ -96,10 +96,12 @@ def _steps(model: Any, runner: Runner, read: Mapping[str, Tensor]) -> Comparison
         inputs["decoder_input_ids"] = torch.tensor([runner.start] * ROWS)
     # Whisper's own search does more than search.
     made: Any = GenerationMixin.generate(model, **inputs, generation_config=settings)
-    tokens, logits = made.sequences[:, -NEW:], torch.stack(made.logits, dim=1)
+    logits = torch.stack(made.logits, dim=1)
+    count = logits.shape[1]  # fewer than NEW where all rows have ended
+    tokens = made.sequences[:, -count:]
     steps = runner.steps({name: one.numpy() for name, one in read.items()})
     scores = [next(steps)]
-    scores += [steps.send(tokens[:, i].numpy()) for i in range(NEW - 1)]
+    scores += [steps.send(tokens[:, i].numpy()) for i in range(count - 1)]
     other = torch.from_numpy(np.stack(scores, axis=1))
     agreement = (logits.argmax(-1) == other.argmax(-1)).double().mean()
     return Comparison(float((logits - other).abs().max()), float(logits.abs().max()), float(agreement))
