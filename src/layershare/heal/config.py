@@ -56,7 +56,12 @@ class DistillConfig(TrainConfig):
     temperature: float = Field(
         2.0, gt=0, le=100, description="T of the KL term; higher looks more at unlikely classes."
     )
-    lambda_mse: float = Field(1.0, ge=0, description="Weight of the MSE of logits beside the KL.")
+    lambda_mse: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of the MSE of logits beside the KL; 0 where logits are large, as Whisper's, and it would "
+        "drown the other terms.",
+    )
     layer_map: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = Field(
         None,
         description="Whose hidden states are compared: pairs of a student and a teacher layer, from 0; "

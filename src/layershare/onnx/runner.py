@@ -149,10 +149,10 @@ class Runner:
     ) -> np.ndarray:
         """New token ids [N, at most max_new_tokens], greedily; behind an end token the rows go on with it.
 
-        read: what the model reads, by name: ``input_ids`` and ``attention_mask`` [N, T], the prompts of a decoder padded
-        on the left; or ``input_features``, ``input_values`` or ``pixel_values``, as the processor beside the graphs
-        makes them. start: tokens that the decoder of an encoder-decoder begins with, as Whisper's language; default:
-        what the model's generation config says.
+        read: what the model reads, by name: ``input_ids`` and ``attention_mask`` [N, T], the prompts of a decoder
+        padded on the left; or ``input_features``, ``input_values`` or ``pixel_values``, as the processor beside the
+        graphs makes them. start: tokens that the decoder of an encoder-decoder begins with, as Whisper's language;
+        default: what the model's generation config says.
         """
         self._require_generator()
         return decode(self, read, max_new_tokens, start)
