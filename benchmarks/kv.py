@@ -92,7 +92,7 @@ def row(name: str, way: dict[str, Any] | None, text: Path, options: argparse.Nam
     shutil.rmtree(out, ignore_errors=True)
     found = pretrain(
         options.out / "teacher", text, out, plan=None if way is None else plan(**way), quiet=True,
-        config=settings(options.heal).model_copy(update={"learning_rate": 1e-3}),
+        config=settings(options.heal).model_copy(update={"learning_rate": 1e-3, "vocabulary": 0}),
     )  # fmt: skip
     before, after = found.models
     figures = [before.metrics["perplexity"], after.metrics["perplexity"]]
