@@ -167,6 +167,28 @@ def test_a_detector_keeps_its_boxes(shared, tmp_path):
         assert np.allclose(found[name], wanted[name].numpy(), atol=1e-5)
 
 
+def spectrogram_reader(path, tokenizer):
+    torch.manual_seed(0)
+    transformers.ASTForAudioClassification(
+        transformers.ASTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_length=48,
+            num_mel_bins=32,
+        )
+    ).save_pretrained(path)  # fmt: skip
+
+
+def test_a_model_of_spectrograms_answers_alike(shared, tmp_path):
+    model, folder = shared(spectrogram_reader)
+    made = export(folder, tmp_path / "out", "onnx")
+    assert made.kind == "sound"
+    stored_once(made)
+    heard = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(heard).logits.numpy()
+    assert np.allclose(load(tmp_path / "out")(input_values=heard.numpy())["logits"], wanted, atol=1e-5)
+    can_be_timed(folder, tmp_path / "out", generates=False)
+
+
 def test_shapes_are_those_of_the_config():
     spectrum = AutoConfig.for_model("audio-spectrogram-transformer", max_length=50, num_mel_bins=8).to_dict()
     assert source(spectrum, "input_values", 2, 12).shape == (2, 50, 8)
