@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import page
 import torch
 from quality.peers import SIDES, Made, bytes_of
 from quality.subject import Subject
-from quality.table import section
+from quality.table import Row, section
 
 import layershare
 from layershare.heal.config import DistillConfig
@@ -89,7 +90,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
     return Encoder(options.debian, options.out)
 
 
-def run(subject: Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
     """All rows of the table, those of earlier runs included."""
     sides: dict[str, Any] = dict(SIDES)
     if options.official:
@@ -98,45 +99,56 @@ def run(subject: Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
         sides["Basis Sharing (its authors' code)"] = authors_own(options.official)
     if options.sides:
         sides = {name: make for name, make in sides.items() if name.startswith(tuple(options.sides))}
-    rows = [
-        row
-        for row in map(
-            json.loads, options.results.read_text().splitlines() if options.results.exists() else ()
-        )
-        if (row["table"], row["healed"]) == (options.table, healing(options))
-    ]
+    known = options.results.read_text().splitlines() if options.results.exists() else ()
+    rows: list[Row] = [json.loads(line) for line in known]
+    done = {key(row) for row in rows}
     wanted = [("original", 1.0, options.seeds[0])]
     wanted += [(side, budget, seed) for seed in options.seeds for budget in options.budgets for side in sides]
     for side, budget, seed in wanted:
-        if any((row["side"], row["budget"], row["seed"]) == (side, budget, seed) for row in rows):
+        name = {"side": side, "budget": budget, "seed": seed}
+        if key({"table": options.table, **name, "healed": healing(options)}) in done:
             continue
         subject.use(seed)
-        if (row := judged(subject, sides.get(side), budget, seed, options)) is None:
-            continue
-        row = {"table": options.table, "side": side, "budget": budget, "seed": seed, **row}
-        print(json.dumps(row), flush=True)
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        rows.append(row)
+        for table, figures in judged(subject, sides.get(side), budget, seed, options):
+            row = {"table": table, **name, **figures}
+            if key(row) in done:
+                continue
+            print(json.dumps(row), flush=True)
+            with options.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows.append(row)
         gc.collect()
-    return rows
+    return [row for row in rows if (row["table"], row["healed"]) == (options.table, healing(options))]
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    return (*(row[name] for name in ("table", "side", "budget", "seed")), tuple(row["healed"].items()))
 
 
 def judged(
     subject: Subject, make: Any, budget: float, seed: int, options: argparse.Namespace
-) -> dict[str, Any] | None:
-    """Make the side, heal it, judge it. Times are without measuring the calibration texts, once for all sides."""
+) -> Iterator[tuple[str, Row]]:
+    """Make the side and judge it, before it is healed too: what training-free is, comes on the way.
+
+    Times are without measuring the calibration texts, once for all sides."""
     if make is not None:
         subject.inputs, subject.slopes  # noqa: B018 - measured now, so that no side pays for it
     wall, cpu = time.monotonic(), time.process_time()
     made = Made(subject.teacher) if make is None else make(subject, budget)
     if made is None:
-        return None
-    if options.table == "healed" and make is not None:
-        heal(subject, made, options, seed)
+        return
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    heals = options.table == "healed" and make is not None
+    if heals:
+        yield "training-free", {"healed": {"steps": 0}, **figures(subject, made, wall, cpu)}
+        started, began = time.monotonic(), time.process_time()
+        heal(subject, made, options, seed)
+        wall, cpu = wall + time.monotonic() - started, cpu + time.process_time() - began
+    yield options.table, {"healed": healing(options), **figures(subject, made, wall, cpu)}
+
+
+def figures(subject: Subject, made: Made, wall: float, cpu: float) -> Row:
     return {
-        "healed": healing(options),
         **subject.judge(made.model),
         "stored": made.stored or layershare.count(made.model, [s.name for s in subject.stacks]).layer_unique,
         "bytes": 0 if made.stored else bytes_of(made.model) + made.base_bytes,
