@@ -54,6 +54,7 @@ def test_a_shared_encoder_is_stored_once_and_encodes_as_pytorch_does(folder, tok
     written = ir.load(tmp_path / "out" / "model.onnx").graph.initializers.values()
     layers = sum(v.const_value.nbytes for v in written if ".layer." in v.name)
     assert layers <= once
+    assert not [n for n in ir.load(tmp_path / "out" / "model.onnx").graph if n.op_type == "Transpose"]
     assert made.bytes_stored <= 1.02 * made.bytes_unique
     assert (made.products, made.shared, made.quantized) == (18, 18, 0)
     texts = ["the cat sits on the mat", "a dog", "the man runs in the park"]

@@ -32,25 +32,6 @@ def tidy(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)  # stack traces, larger than a small model
 
 
-def spread_angles(model: ir.Model) -> None:
-    """Give each text of a batch its row of angles: models may number positions once for all, ONNX Runtime's
-    RotaryEmbedding wants as many rows as texts. Angles that are used in many layers are spread once."""
-    spread: dict[ir.Value, ir.Value] = {}
-    for node in [node for node in model.graph if node.op_type == "RotaryEmbedding" and len(node.inputs) == 3]:
-        for place, angles in list(enumerate(node.inputs))[1:]:
-            assert angles is not None
-            if angles not in spread:
-                texts = ir.node("Shape", node.inputs[:1], {"start": 0, "end": 1})
-                ones = ir.node("Constant", [], {"value": ir.tensor(np.array([1, 1], np.int64))})
-                shape = ir.node("Concat", [texts.outputs[0], ones.outputs[0]], {"axis": 0})
-                rows = ir.node("Expand", [angles, shape.outputs[0]])
-                for made in (texts, ones, shape, rows):
-                    made.outputs[0].name = f"{angles.name}.{made.op_type}"
-                model.graph.insert_before(node, [texts, ones, shape, rows])
-                spread[angles] = rows.outputs[0]
-            node.replace_input_with(place, spread[angles])
-
-
 def weights(model: ir.Model) -> list[ir.Value]:
     """The initialisers that hold numbers of the model; each has its tensor in ``const_value``."""
     return [value for value in model.graph.initializers.values() if value.const_value is not None]

@@ -86,7 +86,7 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
     without ``int8``, outputs differ (nothing is left then). With ``int8`` they do: by how much is in what is returned.
     """
     _require()
-    from layershare.export import graph, staged
+    from layershare.export import attention, graph, staged
     from layershare.export.int8 import quantize
 
     with new_folder(out) as part:
@@ -102,8 +102,9 @@ def to_onnx(folder: Path, out: Path, *, int8: bool = False) -> OnnxExport:
             parts = [replace(part_of, module=staged.Stages(early)) for part_of in parts]
         graphs = {program.name: trace(program) for program in parts}
         for made in graphs.values():
+            attention.join_heads(made)
             graph.tidy(made)
-            graph.spread_angles(made)
+            attention.spread_angles(made)
         unique = _unique_bytes(model) + (0 if early is None else count(early.heads).bytes_unique)
         _refuse_copies(graph.stored(graphs.values(), graph.MATRIX), unique)
         if int8:
