@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 
 import materials
 from layershare import make_plan, share
-from layershare.errors import ModelError
+from layershare.errors import ModelError, OptionError
 from layershare.export import export
 from layershare.export.onnx import _told
 from layershare.measure.subject import open_subject
@@ -196,3 +196,65 @@ def test_shapes_are_those_of_the_config():
     assert source(wave, "input_values", 2, 12).shape == (2, 400 + 11 * 320)
     with pytest.raises(ModelError, match="image_size"):
         source({"num_channels": 3}, "pixel_values", 1, 1)
+
+
+def clip(path, tokenizer):
+    torch.manual_seed(0)
+    tower = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    ends = dict(pad_token_id=0, bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id)
+    config = transformers.CLIPConfig(
+        text_config=tower | ends | dict(vocab_size=len(tokenizer), max_position_embeddings=12),
+        vision_config=tower | dict(image_size=16, patch_size=8), projection_dim=8,
+    )  # fmt: skip
+    transformers.CLIPModel(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def siglip(path, tokenizer):
+    torch.manual_seed(0)
+    tower = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    config = transformers.SiglipConfig(
+        text_config=tower | dict(vocab_size=len(tokenizer), max_position_embeddings=12, projection_size=16),
+        vision_config=tower | dict(image_size=16, patch_size=8),
+    )
+    model = transformers.SiglipModel(config)
+    model.logit_bias.data.fill_(-2.0)
+    model.save_pretrained(path)
+    names = {"model_input_names": ["input_ids"]}  # as of SigLIP's own tokenizer
+    type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", **names).save_pretrained(
+        path
+    )
+
+
+@pytest.mark.parametrize("maker", [clip, siglip])
+def test_texts_and_images_meet_as_in_pytorch(maker, shared, tokenizer, tmp_path):
+    model, folder = shared(maker)
+    made = export(folder, tmp_path / "out", "onnx")
+    assert made.kind == "dual-encoder"
+    stored_once(made)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    texts = ["the cat sits on the mat", "a dog"]
+    padding = {"padding": "max_length", "max_length": 12} if maker is siglip else {"padding": True}
+    tokens = tokenizer(texts, return_tensors="pt", **padding)
+    names = ["input_ids"] if maker is siglip else ["input_ids", "attention_mask"]
+    with torch.no_grad():
+        wanted = model(pixel_values=pixels, **{name: tokens[name] for name in names})
+    runner = load(tmp_path / "out")
+    assert np.allclose(runner.encode(texts), wanted.text_embeds.numpy(), atol=1e-5)
+    assert np.allclose(
+        runner.encode_images({"pixel_values": pixels.numpy()}), wanted.image_embeds.numpy(), atol=1e-5
+    )
+    logits = runner.match({"pixel_values": pixels.numpy()}, texts)
+    assert np.allclose(logits, wanted.logits_per_image.numpy(), atol=1e-4)
+    can_be_timed(folder, tmp_path / "out", generates=False)
+    quantised = export(folder, tmp_path / "int8", "onnx", int8=True)
+    assert quantised.quantized == quantised.products
+    with pytest.raises(OptionError, match="labels"):
+        runner.classify(texts)
+
+
+def test_a_model_of_one_tower_embeds_no_images(shared, tmp_path):
+    _, folder = shared(detector)
+    export(folder, tmp_path / "out", "onnx")
+    with pytest.raises(OptionError, match="embeds no images"):
+        load(tmp_path / "out").encode_images({"pixel_values": np.zeros((1, 3, 32, 48), np.float32)})

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from layershare.exits.curve import NEVER
 from layershare.exits.model import EarlyExit
 from layershare.onnx.runner import Runner
-from layershare.onnx.sources import source
+from layershare.onnx.sources import DUAL, source
 
 ROWS, TOKENS, NEW = 3, 7, 8
 
@@ -43,9 +43,7 @@ def compare(model: PreTrainedModel, runner: Runner, early: EarlyExit | None = No
         if runner.kind == "encoder-decoder":
             return _steps(model, runner, read)
         return _outputs(model(**read), runner(**{name: one.numpy() for name, one in read.items()}))
-    embeddings: Any = model.get_input_embeddings()
-    high = embeddings.num_embeddings
-    ids = torch.randint(high // 2, high, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.from_numpy(source(model.config.to_dict(), main, ROWS, TOKENS))
     mask = torch.ones_like(ids)
     if runner.kind == "decoder":
         mask[0, :3] = 0  # prompts are padded on the left
@@ -57,6 +55,10 @@ def compare(model: PreTrainedModel, runner: Runner, early: EarlyExit | None = No
     inputs = {name: tensor for name, tensor in inputs.items() if name in known}
     kept = mask.bool() if "attention_mask" in known else None
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    if runner.kind == DUAL:
+        pixels = source(model.config.to_dict(), "pixel_values", ROWS, TOKENS)
+        wanted = model(**inputs, pixel_values=torch.from_numpy(pixels))
+        return _outputs(wanted, runner("text", **arrays) | runner("image", pixel_values=pixels))
     if early is None:
         return _outputs(model(**inputs), runner(**arrays), kept)
     before, runner.threshold = runner.threshold, NEVER

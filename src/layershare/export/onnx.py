@@ -20,6 +20,7 @@ from layershare.exits.store import load as load_exits
 from layershare.export.compare import compare
 from layershare.export.programs import Program, kind_of, programs
 from layershare.onnx.runner import MANIFEST, load
+from layershare.onnx.sources import DUAL
 from layershare.result import write_atomic
 from layershare.sharing import plan_of
 from layershare.sharing.carry import unmark
@@ -198,7 +199,7 @@ def _manifest(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
         raise ModelError(
             f"{type(model).__name__} has no decoder_start_token_id.", "Set it in its generation_config.json."
         )
-    limit = 512 if kind == "encoder" else 10**6
+    limit = 512 if kind in ("encoder", DUAL) else 10**6
     beyond = [name for name in BEYOND_GREEDY if getattr(settings, name, None) not in (None, [])]
     told = _told(settings)
     return {
@@ -209,6 +210,9 @@ def _manifest(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
         "barred_first": getattr(settings, "begin_suppress_tokens", None) or [],
         "beyond_greedy": beyond if told is not None else [*beyond, "language"],
         "pooling": _pooling(model) if kind == "encoder" else None,
+        "pad": getattr(tokenizer, "pad_token_id", None),
+        "scale": model.logit_scale.exp().item() if kind == DUAL else None,  # type: ignore[operator]
+        "bias": float(getattr(model, "logit_bias", torch.zeros(())).item()) if kind == DUAL else None,
         "max_length": usable_length(tokenizer, config, limit) if tokenizer is not None else None,
     }
 

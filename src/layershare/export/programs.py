@@ -1,4 +1,4 @@
-"""What a model is as graphs: one for most, encoder and decoder for two, each with named tensors in and out.
+"""What a model is as graphs: one for most, two for encoder and decoder, or for texts and images; all of named tensors.
 
 The names are those that other runners of ONNX models know: ``past_key_values.0.key`` in, ``present.0.key`` out; in an
 encoder-decoder ``past_key_values.0.encoder.key`` is what the decoder keeps of the source.
@@ -7,6 +7,7 @@ encoder-decoder ``past_key_values.0.encoder.key`` is what the decoder keeps of t
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from layershare.errors import ModelError
-from layershare.onnx.sources import MASKED, source
+from layershare.onnx.sources import DUAL, MASKED, source
 from layershare.sharing.kv import ReadingLayer, owners
 
 BATCH, LENGTH, PAST = 2, 5, 3  # of the traced example; a size of 1 would be taken for a constant
@@ -49,8 +50,10 @@ class _Named(nn.Module):
 
 
 def kind_of(model: PreTrainedModel) -> str:
-    """``decoder``, ``encoder-decoder`` or a value of ``READS``. Raises ModelError for what is none of them."""
+    """``decoder``, ``encoder-decoder``, ``dual-encoder`` or a value of ``READS``. Raises ModelError for all others."""
     name, main, generates = type(model).__name__, model.main_input_name, model.can_generate()
+    if is_dual(model):
+        return DUAL
     if main not in READS:
         raise ModelError(f"{name} takes {main}: models of texts, images and sounds can be exported.")
     if getattr(model.config, "is_encoder_decoder", False) and (generates or main == "input_ids"):
@@ -62,6 +65,12 @@ def kind_of(model: PreTrainedModel) -> str:
     if main == "input_ids" and generates and _takes(model, "past_key_values"):
         return "decoder"
     return READS[main]
+
+
+def is_dual(model: PreTrainedModel) -> bool:
+    """Whether the model has a tower for texts and one for images, and generates nothing."""
+    towers = all(hasattr(model, f"get_{side}_features") for side in ("text", "image"))
+    return towers and not model.can_generate()
 
 
 @torch.no_grad()
@@ -76,11 +85,25 @@ def _answering(model: PreTrainedModel, names: Sequence[str]) -> list[Program]:
     return [Program("model", _Named(model, _answer), example, axes)]
 
 
+def _dual_encoder(model: PreTrainedModel, names: Sequence[str]) -> list[Program]:
+    texts, images = _source(model, names), _source(model, (), "pixel_values")
+    return [
+        Program("text", _Named(model, partial(_embed, "text")), *texts),
+        Program("image", _Named(model, partial(_embed, "image")), *images),
+    ]
+
+
+def _embed(side: str, model: PreTrainedModel, **inputs: Tensor) -> dict[str, Tensor]:
+    found = getattr(model, f"get_{side}_features")(**inputs)
+    found = found if isinstance(found, Tensor) else found.pooler_output
+    return {f"{side}_embeds": nn.functional.normalize(found, dim=-1)}
+
+
 def _source(
-    model: PreTrainedModel, names: Sequence[str]
+    model: PreTrainedModel, names: Sequence[str], main: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """What the model reads, as an example, and the dynamic axes of it."""
-    main = model.main_input_name
+    """What the model reads as ``main``, as an example, and the dynamic axes of it."""
+    main = main or model.main_input_name
     first = torch.from_numpy(source(model.config.to_dict(), main, BATCH, LENGTH))
     example = {main: _ids(LENGTH) if main == "input_ids" else first}
     ragged = main in MASKED and first.ndim == 2
@@ -203,4 +226,5 @@ READS = {"input_ids": "encoder", "pixel_values": "vision", "input_values": "soun
 MAKERS: dict[str, Callable[[PreTrainedModel, Sequence[str]], list[Program]]] = {
     "decoder": _decoder,
     "encoder-decoder": _encoder_decoder,
+    DUAL: _dual_encoder,
 }

@@ -1,6 +1,6 @@
 """What bench measures: a model folder or an ONNX export behind one face.  Importing it loads no torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from layershare.onnx.runner import MANIFEST
-from layershare.onnx.sources import MAIN, source
+from layershare.onnx.sources import DUAL, MAIN, MASKED, source
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -21,7 +21,7 @@ class Subject:
         engine: ``PyTorch`` or ``ONNX Runtime``.
         precision: of the weights.
         config: as in config.json.
-        main: name of the input that it reads.
+        main: names of what it reads: one, or an image beside a text.
         known: names of its inputs.
         run: one forward pass of arrays.
         generate: (inputs, number of new tokens) -> nothing; None for models that do not generate.
@@ -30,25 +30,20 @@ class Subject:
     engine: str
     precision: str
     config: Mapping[str, Any]
-    main: str
+    main: Sequence[str]
     known: frozenset[str]
     run: Callable[[Arrays], object]
     generate: Callable[[Arrays, int], object] | None
 
     def inputs(self, batch: int, tokens: int) -> dict[str, np.ndarray]:
         """Random inputs of this size: the same for equal configs. ``tokens`` are frames where the model hears."""
-        first = source(self.config, self.main, batch, tokens)
-        if self.main != "input_ids":
-            masked = first.ndim == 2 and "attention_mask" in self.known
-            return {self.main: first} | ({"attention_mask": np.ones(first.shape, np.int64)} if masked else {})
-        every = {
-            "input_ids": first,
-            "attention_mask": np.ones_like(first),
-            "token_type_ids": np.zeros_like(first),
-        }
-        return {
-            name: array for name, array in every.items() if name in self.known or name != "token_type_ids"
-        }
+        made = {name: source(self.config, name, batch, tokens) for name in self.main}
+        for name in MASKED:
+            if name in made and made[name].ndim == 2:
+                made["attention_mask"] = np.ones(made[name].shape, np.int64)
+        if "input_ids" in made:
+            made["token_type_ids"] = np.zeros_like(made["input_ids"])
+        return {name: array for name, array in made.items() if name in self.known or name != "token_type_ids"}
 
 
 def is_export(folder: str | Path) -> bool:
@@ -75,12 +70,15 @@ def _exported(folder: str | Path, threads: int | None) -> Subject:
         return runner.generate_ids(arrays, max_new_tokens=new)
 
     def run(arrays: Arrays) -> object:
-        return next(runner.steps(arrays)) if generates else runner(**arrays)
+        if generates:
+            return next(runner.steps(arrays))
+        return [runner(name, **arrays) for name in runner.sessions]
 
-    first = next(iter(runner.sessions.values()))
+    sessions = list(runner.sessions.values())
+    reading = sessions if runner.kind == DUAL else sessions[:1]
     precision = "int8" if runner.int8 else "float32"
-    known = frozenset(one.name for one in first.get_inputs())
-    main = next(name for name in MAIN if name in known)
+    known = frozenset(one.name for session in reading for one in session.get_inputs())
+    main = [name for name in MAIN if name in known]
     return Subject(
         "ONNX Runtime", precision, runner.config, main, known, run, generate if generates else None
     )
@@ -92,6 +90,7 @@ def _model(folder: str | Path) -> Subject:
     import torch
     from transformers import GenerationMixin
 
+    from layershare.export.programs import is_dual
     from layershare.store.open import load_model
 
     model: Any = load_model(folder)
@@ -121,4 +120,7 @@ def _model(folder: str | Path) -> Subject:
 
     precision = str(model.dtype).removeprefix("torch.")
     config = model.config.to_dict()
-    return Subject("PyTorch", precision, config, main, takes, run, generate if model.can_generate() else None)
+    reads = ["input_ids", "pixel_values"] if is_dual(model) else [main]
+    return Subject(
+        "PyTorch", precision, config, reads, takes, run, generate if model.can_generate() else None
+    )

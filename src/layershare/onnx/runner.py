@@ -10,6 +10,7 @@ import numpy as np
 from layershare.errors import DependencyError, ModelError, OptionError, StoreError
 from layershare.onnx.decoding import decode, steps
 from layershare.onnx.session import open_session
+from layershare.onnx.sources import DUAL
 
 MANIFEST = "layershare_onnx.json"
 Arrays = dict[str, np.ndarray]
@@ -46,7 +47,8 @@ class Runner:
     """An exported model.
 
     Attributes:
-        kind: ``encoder``, ``vision`` and ``sound`` answer in one pass; ``decoder`` and ``encoder-decoder`` generate.
+        kind: ``encoder``, ``vision`` and ``sound`` answer in one pass; ``decoder`` and ``encoder-decoder`` generate;
+            ``dual-encoder`` has a graph for texts and one for images.
         config: the model's config.json.
         int8: whether it is quantised.
         sessions: the onnxruntime session of each graph, by name.
@@ -71,6 +73,7 @@ class Runner:
             self.beyond_greedy: list[str] = said["beyond_greedy"]
             graphs: dict[str, str] = said["graphs"]
             self.exits: list[int] = said.get("exits", [])
+            self.pad, self.scale, self.bias = (said.get(name) for name in ("pad", "scale", "bias"))
             file = self.folder / "config.json"
             self.config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -95,10 +98,13 @@ class Runner:
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """Embeddings [N, d] of unit length: the last hidden states of each text, pooled as the model's folder says:
-        their mean (the default), the largest value of each dimension, or the first or last token's.
+        their mean (the default), the largest value of each dimension, or the first or last token's. Of a dual encoder:
+        what its tower for texts gives.
 
         Raises OptionError if the model has no embeddings, or pools in a way that is not computed here.
         """
+        if self.kind == DUAL:
+            return self._over(texts, batch_size, lambda out, _: out["text_embeds"])
         self._require("last_hidden_state", "embeddings", 3)
         if self.pooling not in POOLINGS:
             raise OptionError(
@@ -113,6 +119,18 @@ class Runner:
             return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
         return self._over(texts, batch_size, pool)
+
+    def encode_images(self, read: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Embeddings [N, d] of unit length of images, as the processor beside the graphs makes them: ``pixel_values``
+        [N, channels, height, width]. Raises OptionError if the model does not read images and texts side by side."""
+        if self.kind != DUAL:
+            raise OptionError(f"{self.folder} is of the kind {self.kind}: it embeds no images.")
+        return self("image", **read)["image_embeds"]
+
+    def match(self, read: Mapping[str, np.ndarray], texts: Sequence[str]) -> np.ndarray:
+        """Logits [images, texts] of which text belongs to an image, by a dual encoder: CLIP (Radford et al., 2021,
+        2103.00020) means their softmax over the texts, SigLIP (Zhai et al., 2023, 2303.15343) the sigmoid of each."""
+        return self.encode_images(read) @ self.encode(texts).T * self.scale + self.bias
 
     def logits(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """Unnormalised scores [N, classes] of a classification head."""
@@ -169,15 +187,16 @@ class Runner:
         """Padded ``input_ids``, ``attention_mask`` and ``token_type_ids``, each [N, T]."""
         rows = self.tokenizer.encode_batch(list(texts))
         width = max((len(row.ids) for row in rows), default=0)
+        if self.kind == DUAL and "attention_mask" not in self._reads():
+            width = self.limit  # it takes padding for text, and was trained with texts of this length
 
         def padded(values: Sequence[Sequence[int]], fill: int) -> np.ndarray:
             gaps = [[fill] * (width - len(row)) for row in values]
             joined = [[*g, *v] if left else [*v, *g] for v, g in zip(values, gaps, strict=True)]
             return np.array(joined, dtype=np.int64)
 
-        pad = self.config.get("pad_token_id")
         return {
-            "input_ids": padded([row.ids for row in rows], pad if pad is not None else 0),
+            "input_ids": padded([row.ids for row in rows], self.pad or self.config.get("pad_token_id") or 0),
             "attention_mask": padded([row.attention_mask for row in rows], 0),
             "token_type_ids": padded([row.type_ids for row in rows], 0),
         }
@@ -212,6 +231,9 @@ class Runner:
             for i, row in zip(some, read(self(**batch), batch["attention_mask"]), strict=True):
                 rows[i] = row
         return np.array(rows)
+
+    def _reads(self) -> set[str]:
+        return {one.name for one in next(iter(self.sessions.values())).get_inputs()}
 
     def _require_generator(self) -> None:
         if self.kind not in ("decoder", "encoder-decoder"):

@@ -9,6 +9,8 @@ from layershare.errors import ModelError
 
 MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
 """What a model may read: tokens, an image, samples (or a spectrogram), a spectrogram."""
+DUAL = "dual-encoder"
+"""The kind of model that has a tower for texts and one for images, as CLIP."""
 MASKED = ("input_ids", "input_values")
 """Inputs whose rows may differ in length; the others have the length of the config."""
 
