@@ -3,7 +3,7 @@
     python benchmarks/debian_pairs.py out/debian
     python benchmarks/quality.py training-free --docs docs/benchmarks.md
     python benchmarks/quality.py healed --steps 150 --docs docs/benchmarks.md
-    python benchmarks/quality.py healed --steps 750 --budgets 0.56 0.5 0.33 --docs docs/benchmarks.md
+    python benchmarks/quality.py healed --steps 750 --learning-rate 1.5e-3 --budgets 0.56 0.5 0.33 --docs docs/benchmarks.md
     python benchmarks/quality.py decoder --budgets 0.8 --docs docs/benchmarks.md
 
 The encoder is the packaged all-MiniLM-L6-v2 (benchmarks/quality/encoder.py), the decoder Gemma 3 270M (decoder.py, not
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=150, help="of healing")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of healing, of every side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "quality.jsonl")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="what is kept between runs")
@@ -162,6 +163,7 @@ def heal(subject: Any, made: Made, options: argparse.Namespace, seed: int) -> No
     config = DistillConfig(
         steps=options.steps,
         batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
         save_every=options.steps,
         max_length=subject.length,
         seed=seed,
@@ -173,10 +175,10 @@ def heal(subject: Any, made: Made, options: argparse.Namespace, seed: int) -> No
     made.model.eval()
 
 
-def healing(options: argparse.Namespace) -> dict[str, int]:
-    return (
-        {"steps": options.steps, "batch": options.batch_size} if options.table == "healed" else {"steps": 0}
-    )
+def healing(options: argparse.Namespace) -> dict[str, float]:
+    if options.table != "healed":
+        return {"steps": 0}
+    return {"steps": options.steps, "batch": options.batch_size, "rate": options.learning_rate}
 
 
 def commit() -> str:
@@ -205,8 +207,9 @@ def told(options: argparse.Namespace) -> list[str]:
     if options.table != "healed":
         return ["Mean and (lowest to highest) where several draws of calibration texts were tried."]
     return [
-        f"{options.steps} steps of {options.batch_size} texts, one loss, one learning rate, the teacher's outputs as",
-        "targets; of several seeds mean and (lowest to highest).",
+        f"{options.steps} steps of {options.batch_size} texts, one loss, one learning rate ({options.learning_rate:g}), "
+        "the teacher's outputs",
+        "as targets; of several seeds mean and (lowest to highest).",
     ]
 
 
@@ -214,6 +217,7 @@ def command(options: argparse.Namespace) -> str:
     words = ["python benchmarks/quality.py", options.table]
     if options.table == "healed":
         words += ["--steps", str(options.steps), "--batch-size", str(options.batch_size)]
+        words += ["--learning-rate", f"{options.learning_rate:g}"]
     words += ["--budgets", *(f"{budget:g}" for budget in options.budgets)]
     words += ["--seeds", *map(str, options.seeds)]
     if options.sides:
