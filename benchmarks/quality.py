@@ -3,7 +3,8 @@
     python benchmarks/debian_pairs.py out/debian
     python benchmarks/quality.py training-free --docs docs/benchmarks.md
     python benchmarks/quality.py healed --steps 150 --docs docs/benchmarks.md
-    python benchmarks/quality.py healed --steps 750 --learning-rate 1.5e-3 --budgets 0.56 0.5 0.33 --docs docs/benchmarks.md
+    python benchmarks/quality.py healed --steps 750 --learning-rate 1.5e-3 --budgets 0.56 0.5 0.33 \\
+        --docs docs/benchmarks.md
     python benchmarks/quality.py decoder --budgets 0.8 --docs docs/benchmarks.md
 
 The encoder is the packaged all-MiniLM-L6-v2 (benchmarks/quality/encoder.py), the decoder Gemma 3 270M (decoder.py, not
@@ -207,9 +208,8 @@ def told(options: argparse.Namespace) -> list[str]:
     if options.table != "healed":
         return ["Mean and (lowest to highest) where several draws of calibration texts were tried."]
     return [
-        f"{options.steps} steps of {options.batch_size} texts, one loss, one learning rate ({options.learning_rate:g}), "
-        "the teacher's outputs",
-        "as targets; of several seeds mean and (lowest to highest).",
+        f"{options.steps} steps of {options.batch_size} texts, one loss, one learning rate",
+        f"({options.learning_rate:g}), the teacher's outputs as targets; of several seeds mean and (lowest to highest).",
     ]
 
 
