@@ -209,7 +209,8 @@ def told(options: argparse.Namespace) -> list[str]:
         return ["Mean and (lowest to highest) where several draws of calibration texts were tried."]
     return [
         f"{options.steps} steps of {options.batch_size} texts, one loss, one learning rate",
-        f"({options.learning_rate:g}), the teacher's outputs as targets; of several seeds mean and (lowest to highest).",
+        f"({options.learning_rate:g}), the teacher's outputs as targets.",
+        "Of several seeds mean and (lowest to highest).",
     ]
 
 

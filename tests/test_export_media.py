@@ -99,12 +99,42 @@ def test_whisper_is_told_the_language_of_its_config():
         is_multilingual=True, lang_to_id={"<|de|>": 70}, task_to_id={"transcribe": 80, "translate": 81},
         no_timestamps_token_id=90,
     )  # fmt: skip
-    assert _told(settings) is None
+    assert _told(settings) == ([80, 90], [70])
     for language in ("de", "german", "<|de|>"):
         settings.language = language
-        assert _told(settings) == [70, 80, 90]
+        assert _told(settings) == ([70, 80, 90], [])
     settings.task, settings.return_timestamps = "translate", True
-    assert _told(settings) == [70, 81]
+    assert _told(settings) == ([70, 81], [])
+
+
+def attentive(path, tokenizer):
+    """A random Whisper whose decoder listens."""
+    materials.whisper(path, tokenizer)
+    model = load_model(path)
+    for layer in model.model.decoder.layers:
+        for part in layer.encoder_attn.children():
+            part.weight.data *= 30
+    for part in (model.model.encoder.conv1, model.model.encoder.conv2):
+        part.weight.data *= 30
+    model.save_pretrained(path)
+
+
+def test_whisper_finds_the_language_of_each_recording(shared, tmp_path):
+    languages = {f"<|{name}|>": 10 + i for i, name in enumerate(("en", "de", "fr", "it"))}
+    model, folder = shared(
+        attentive, is_multilingual=True, lang_to_id=languages, task_to_id={"transcribe": 14, "translate": 15},
+        no_timestamps_token_id=16, return_timestamps=False, decoder_start_token_id=2, pad_token_id=0,
+        suppress_tokens=[3],
+    )  # fmt: skip
+    export(folder, tmp_path / "out", "onnx")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    heard = [np.sin(np.arange(16000) * pitch).astype(np.float32) for pitch in (0, 0.01, 0.1, 0.3, 1, 2)]
+    read = processor(heard, sampling_rate=16000, return_tensors="np")
+    features = torch.from_numpy(read["input_features"])
+    assert len(set(model.detect_language(features).tolist())) > 1
+    wanted = model.generate(features, max_new_tokens=9)
+    found = load(tmp_path / "out").generate_ids(read, max_new_tokens=9)
+    assert found.tolist() == wanted[:, :9].tolist()  # it goes on with more pieces
 
 
 def test_int8_of_whisper_counts_every_product(shared, tmp_path):

@@ -101,7 +101,7 @@ def _steps(model: Any, runner: Runner, read: Mapping[str, Tensor]) -> Comparison
     logits = torch.stack(made.logits, dim=1)
     count = logits.shape[1]  # fewer than NEW where all rows have ended
     tokens = made.sequences[:, -count:]
-    steps = runner.steps({name: one.numpy() for name, one in read.items()})
+    steps = runner.steps({name: one.numpy() for name, one in read.items()}, start=runner.start)
     scores = [next(steps)]
     scores += [steps.send(tokens[:, i].numpy()) for i in range(count - 1)]
     other = torch.from_numpy(np.stack(scores, axis=1))

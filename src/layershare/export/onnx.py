@@ -201,14 +201,15 @@ def _manifest(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
         )
     limit = 512 if kind in ("encoder", DUAL) else 10**6
     beyond = [name for name in BEYOND_GREEDY if getattr(settings, name, None) not in (None, [])]
-    told = _told(settings)
+    told, languages = _told(settings)
     return {
         "kind": kind,
         "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
-        "start": [] if start is None else [start, *(told or ())],
+        "start": [] if start is None else [start, *told],
+        "languages": languages,
         "barred": getattr(settings, "suppress_tokens", None) or [],
         "barred_first": getattr(settings, "begin_suppress_tokens", None) or [],
-        "beyond_greedy": beyond if told is not None else [*beyond, "language"],
+        "beyond_greedy": beyond,
         "pooling": _pooling(model) if kind == "encoder" else None,
         "pad": getattr(tokenizer, "pad_token_id", None),
         "scale": model.logit_scale.exp().item() if kind == DUAL else None,  # type: ignore[operator]
@@ -217,22 +218,19 @@ def _manifest(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _told(settings: Any) -> list[int] | None:
-    """What Whisper's decoder is told behind its start: the language, the task, and to write no times; None where the
-    language is left to be found out, or to the caller."""
-    told = []
-    if getattr(settings, "is_multilingual", None):
-        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-
-        language = str(getattr(settings, "language", None)).lower().strip("<|>")
-        known = settings.lang_to_id.get(f"<|{TO_LANGUAGE_CODE.get(language, language)}|>")
-        if known is None:
-            return None
-        told = [known, settings.task_to_id[getattr(settings, "task", None) or "transcribe"]]
+def _told(settings: Any) -> tuple[list[int], list[int]]:
+    """What Whisper's decoder is told behind its start: the language, the task, and to write no times; and the languages
+    to choose from, which then goes in front, where the config names none."""
     silent: int | None = getattr(settings, "no_timestamps_token_id", None)
-    if silent is None or getattr(settings, "return_timestamps", None):
-        return told
-    return [*told, silent]
+    told = [] if silent is None or getattr(settings, "return_timestamps", None) else [silent]
+    if not getattr(settings, "is_multilingual", None):
+        return told, []
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    told = [settings.task_to_id[getattr(settings, "task", None) or "transcribe"], *told]
+    language = str(getattr(settings, "language", None)).lower().strip("<|>")
+    known = settings.lang_to_id.get(f"<|{TO_LANGUAGE_CODE.get(language, language)}|>")
+    return (told, sorted(settings.lang_to_id.values())) if known is None else ([known, *told], [])
 
 
 def _names(model: PreTrainedModel, folder: Path, tokenizer: Any) -> Sequence[str]:

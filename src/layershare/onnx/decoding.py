@@ -59,7 +59,8 @@ def steps(
         if name.startswith(PAST) and name not in fixed
     }
     states = {name: OrtValue.ortvalue_from_numpy(array) for name, array in (fixed | past).items()}
-    while True:
+
+    def step() -> dict[str, Any]:
         length = input_ids.shape[1]
         positions = np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -length:]
         now = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
@@ -68,7 +69,16 @@ def steps(
             for name, array in now.items()
             if name in known
         }
-        answer = dict(zip(outputs, session.run_with_ort_values(outputs, fed | states), strict=True))
+        return dict(zip(outputs, session.run_with_ort_values(outputs, fed | states), strict=True))
+
+    if runner.languages and not start:
+        told, input_ids = input_ids[:, 1:], input_ids[:, :1]
+        odds = step()["logits"].numpy()[:, -1, runner.languages]
+        heard = np.array(runner.languages)[odds.argmax(-1)]
+        input_ids = np.concatenate([input_ids, heard[:, None], told], axis=1)
+        attention_mask = np.ones_like(input_ids)
+    while True:
+        answer = step()
         states |= {_past(name): value for name, value in answer.items() if name.startswith(PRESENT)}
         chosen = yield answer["logits"].numpy()[:, -1]
         input_ids = np.asarray(chosen)[:, None]

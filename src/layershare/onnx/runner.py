@@ -65,6 +65,7 @@ class Runner:
             self.kind: str = said["kind"]
             self.eos: list[int] = said["eos"]
             self.start: list[int] = said["start"]
+            self.languages: list[int] = said.get("languages", [])
             self.barred: list[int] = said["barred"]
             self.barred_first: list[int] = said["barred_first"]
             self.limit: int = said["max_length"] or 512
