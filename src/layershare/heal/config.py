@@ -46,8 +46,8 @@ class DistillConfig(TrainConfig):
     learning_rate: float = Field(
         1.5e-3,
         gt=0,
-        description="Peak of the learning rate (AdamW). Lower, as 1e-4, where a pretrained model knows more than the "
-        "training texts show, and the steps are few.",
+        description="Peak of the learning rate (AdamW). Lower where the steps are few: 5e-4 where little was lost, "
+        "1e-4 where a pretrained model knows more than the training texts show.",
     )
     # In some hundred steps 0.999 would remember the warm-up to the end.
     adam_beta2: float = Field(0.98, gt=0, lt=1, description="Memory of squared gradients (AdamW).")
