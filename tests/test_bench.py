@@ -86,7 +86,7 @@ def test_a_wrong_ending_is_refused_before_anything_is_measured(bert_folder, tmp_
 
 def test_inputs_of_a_nested_config():
     def ids(config):
-        return Subject("", "", config, "input_ids", frozenset(), print, None).inputs(2, 50)["input_ids"]
+        return Subject("", "", config, ["input_ids"], frozenset(), print, None).inputs(2, 50)["input_ids"]
 
     assert ids({"decoder": {"vocab_size": 40}, "encoder": {"vocab_size": 30}}).max() < 30
     assert (ids({"vocab_size": 40}) == ids({"text_config": {"vocab_size": 40}})).all()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from layershare.errors import ModelError
-from layershare.onnx.sources import DUAL, MASKED, source
+from layershare.onnx.sources import DUAL, MASKED, is_dual, source
 from layershare.sharing.kv import ReadingLayer, owners
 
 BATCH, LENGTH, PAST = 2, 5, 3  # of the traced example; a size of 1 would be taken for a constant
@@ -65,12 +65,6 @@ def kind_of(model: PreTrainedModel) -> str:
     if main == "input_ids" and generates and _takes(model, "past_key_values"):
         return "decoder"
     return READS[main]
-
-
-def is_dual(model: PreTrainedModel) -> bool:
-    """Whether the model has a tower for texts and one for images, and generates nothing."""
-    towers = all(hasattr(model, f"get_{side}_features") for side in ("text", "image"))
-    return towers and not model.can_generate()
 
 
 @torch.no_grad()

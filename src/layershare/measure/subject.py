@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from layershare.onnx.runner import MANIFEST
-from layershare.onnx.sources import DUAL, MAIN, MASKED, source
+from layershare.onnx.sources import DUAL, MAIN, MASKED, is_dual, source
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -90,7 +90,6 @@ def _model(folder: str | Path) -> Subject:
     import torch
     from transformers import GenerationMixin
 
-    from layershare.export.programs import is_dual
     from layershare.store.open import load_model
 
     model: Any = load_model(folder)

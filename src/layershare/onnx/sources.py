@@ -29,6 +29,12 @@ def source(config: Mapping[str, Any], name: str, batch: int, length: int) -> np.
     return draw.standard_normal((batch, *_shape(config, name, length))).astype(np.float32)
 
 
+def is_dual(model: Any) -> bool:
+    """Whether the model has a tower for texts and one for images, and generates nothing."""
+    towers = all(hasattr(model, f"get_{side}_features") for side in ("text", "image"))
+    return towers and not model.can_generate()
+
+
 def _shape(config: Mapping[str, Any], name: str, length: int) -> tuple[int, ...]:
     if name == "pixel_values":
         size = _one(config, "image_size")
