@@ -111,8 +111,8 @@ def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
         if key({"table": options.table, **name, "healed": healing(options)}) in done:
             continue
         subject.use(seed)
-        for table, figures in judged(subject, sides.get(side), budget, seed, options):
-            row = {"table": table, **name, **figures}
+        for table, found in judged(subject, sides.get(side), budget, seed, options):
+            row = {"table": table, **name, **found}
             if key(row) in done:
                 continue
             print(json.dumps(row), flush=True)

@@ -196,8 +196,9 @@ class Runner:
             joined = [[*g, *v] if left else [*v, *g] for v, g in zip(values, gaps, strict=True)]
             return np.array(joined, dtype=np.int64)
 
+        pad = self.config.get("pad_token_id") if self.pad is None else self.pad
         return {
-            "input_ids": padded([row.ids for row in rows], self.pad or self.config.get("pad_token_id") or 0),
+            "input_ids": padded([row.ids for row in rows], pad or 0),
             "attention_mask": padded([row.attention_mask for row in rows], 0),
             "token_type_ids": padded([row.type_ids for row in rows], 0),
         }
