@@ -234,9 +234,7 @@ def made(tmp_path_factory, tokenizer):
         leaning = logits.diff(dim=1).flatten()
         near = leaning.sort().values[len(texts) * 2 // 5 : len(texts) * 3 // 5]
         gap = near.diff().argmax()
-        middle = near[
-            gap : gap + 2
-        ].mean()  # about half of the texts are of either class, and none is in doubt
+        middle = near[gap : gap + 2].mean()  # about half of the texts are of either class, none in doubt
         model.classifier.bias[0] += middle
         said = (leaning > middle).int().tolist()
     model.save_pretrained(root / "model")
