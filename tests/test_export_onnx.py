@@ -1,7 +1,10 @@
 """ONNX export: every weight once, outputs those of PyTorch, int8 that really is; judged by numpy and onnxruntime."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,25 @@ def test_the_start_token_and_what_greedy_search_does_not_follow(tiny, tmp_path):
     model.config.decoder_start_token_id = None
     with pytest.raises(ModelError, match="decoder_start_token_id"):
         _manifest(model, None)
+
+
+def test_running_a_graph_leaves_nothing_in_the_users_home(tmp_path):
+    """Neither an id of the machine nor a report that waits to be sent (telemetry of onnxruntime)."""
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=ir.Shape([1]))
+    y = ir.node("Identity", [x])
+    y.outputs[0].name, y.outputs[0].dtype = "y", ir.DataType.FLOAT
+    ir.save(
+        ir.Model(ir.Graph([x], y.outputs, nodes=[y], opset_imports={"": 20}), ir_version=10),
+        tmp_path / "m.onnx",
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    code = "import sys; from layershare.onnx.session import open_session; open_session(sys.argv[1])"
+    env = {n: v for n, v in os.environ.items() if n != "ORT_DISABLE_TELEMETRY" and not n.startswith("XDG_")}
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "m.onnx"], env=env | {"HOME": str(home)}, check=True
+    )
+    assert not list(home.iterdir())
 
 
 @pytest.mark.parametrize("name", [runner_of.MANIFEST, "config.json"])

@@ -1,6 +1,7 @@
 """An onnxruntime session that keeps each weight in memory once."""
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from layershare.errors import DependencyError, StoreError
 
 SLOW = ["SkipLayerNormFusion"]
 """Optimisers of ONNX Runtime that are left out: on the CPU its fused operator takes longer than its parts."""
+
+# Since 1.32 onnxruntime reports its use to Microsoft and keeps an id of the machine, unless told before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def open_session(file: Path, threads: int | None = None) -> Any:
