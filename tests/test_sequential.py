@@ -256,6 +256,59 @@ def test_without_private_factors_to_fit_again_the_shared_ones_stay(tiny, batch_f
     assert len(calls) == len(set(calls)) == 12
 
 
+def halved(model, part="output.dense.weight"):
+    """Of the first layer, one map factorised; all the others stay whole."""
+    groups = (Group(positions=(0,), parts=(part,), method="basis", rank=2),)
+    return SharingPlan(stacks=(StackPlan(name=find_stacks(model)[0].name, length=4, groups=groups),))
+
+
+def test_maps_that_stay_whole_make_up_for_the_others(tiny, batch_for):
+    """Each by the step of least squares towards the original's outputs; what comes before any loss stays."""
+    model, batches = tiny("bert"), texts(batch_for, "bert", 12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    student = share(model, halved(model), calibration=batches, fit="sequential")
+    now, then = dict(student.named_parameters()), dict(model.named_parameters())
+    moved = {n for n in now.keys() & then.keys() if not torch.allclose(now[n], then[n], atol=1e-6)}
+    maps = {
+        f"{s.name}.{i}.{w.name}"
+        for s in find_stacks(model)
+        for i in (1, 2, 3)
+        for w in s.layers[i]
+        if w.factorable
+    }
+    assert maps <= moved
+    assert not {name for name in moved if ".layer.0." in name and name.endswith("weight")}
+    # the first of them, by hand: half of the way from the original's map to least squares on what the student hands on
+    module = "encoder.layer.1.attention.self.query"
+    rows, wanted = [], []
+    for one, said in ((student, rows), (model, wanted)):
+        hook = one.get_submodule(module).register_forward_hook(
+            lambda _, args, out, said=said, one=one: said.append(args[0] if one is student else out)
+        )
+        with torch.no_grad():
+            for batch in batches:
+                output(one, batch)
+        hook.remove()
+    y, x = (torch.cat([r.flatten(0, 1) for r in said]).double() for said in (rows, wanted))
+    y, x = y - y.mean(0), x - x.mean(0)
+    ridge = sequential.RIDGE * (y.T @ y).diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    own = then[f"{module}.weight"].double()
+    best = own + torch.linalg.solve(y.T @ y + ridge, y.T @ (x - y @ own.T)).T
+    torch.testing.assert_close(now[f"{module}.weight"].double(), (own + best) / 2, atol=1e-3, rtol=1e-2)
+
+
+def test_an_expert_that_the_student_never_asks_stays_as_it_is(tiny, batch_for):
+    model = tiny("bert")
+    for layer in model.encoder.layer:
+        layer.idle = torch.nn.Linear(4, 4)
+    student = share(model, halved(model), calibration=texts(batch_for, "bert", 2), fit="sequential")
+    assert all(
+        map(torch.equal, student.encoder.layer[2].idle.parameters(), model.encoder.layer[2].idle.parameters())
+    )
+
+
 def test_same_batches_same_bits(tiny, batch_for):
     model = tiny("gpt2")
     plan = make_plan(model, "basis", rank=4)

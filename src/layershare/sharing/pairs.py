@@ -1,6 +1,6 @@
 """One map in two models of one shape: what it sees in the student, and how far its output is from the original's."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -37,11 +37,13 @@ class Paired(NamedTuple):
 def collect_pairs(
     original: nn.Module, student: nn.Module, modules: Mapping[str, str], batches: Iterable[Batch],
     sums: Mapping[str, tuple[str, str]] | None = None, again: Again | None = None,
+    needed: Collection[str] | None = None,
 ) -> dict[str, Paired]:  # fmt: skip
     """What ``modules`` see and miss in two models that get the same batches. Keys: names in the student, values: in the
     original. ``sums``: for modules of the student, which module reads the sum that they add to, there and in the
     original (:func:`readers_of_sums`). ``again``: what need not be computed again, in the original and the student.
-    Neither model runs further than it must. Raises DataError if a module sees no token.
+    Neither model runs further than it must. A module that sees no token is left out; DataError if it is ``needed``, as
+    all are by default.
     """
     readers = {name: sums[name] for name in modules if sums and name in sums}
     found: dict[str, Paired] = {}
@@ -69,7 +71,7 @@ def collect_pairs(
                 one = Paired(y.T @ y, y.sum(0), gap.T @ y, gap.sum(0))
                 found[name] = Paired(*map(torch.add, found[name], one)) if name in found else one
                 seen[name] = seen.get(name, 0) + len(y)
-    refuse_unseen(list(modules), seen, runs)
+    refuse_unseen([name for name in modules if needed is None or name in needed], seen, runs)
     return {name: Paired(*(total / seen[name] for total in totals)) for name, totals in found.items()}
 
 

@@ -12,7 +12,8 @@ of which a part is taken, since it is right about the calibration data alone: W'
 are then made of W' by the same pure functions as without, in the metric of E[y y^T] and, where the slopes of the answer
 are known, of these. Biases follow at last, so that the mean output is right whatever a matrix has lost. What a group
 shares is fitted when its first position is reached, on what all its positions see at that time; what a position keeps
-for itself is fitted again when its own turn comes.
+for itself is fitted again when its own turn comes. Maps of the same stacks that the plan leaves whole become W' too:
+they cost no byte more, and make up for the others.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from layershare.linear import kind_of
+from layershare.plan import Group
 from layershare.sharing.layout import Job, Layout
 from layershare.sharing.moments import Moments
 from layershare.sharing.pairs import Again, Paired, collect_pairs, readers_of_sums
@@ -31,6 +33,7 @@ from layershare.sharing.replay import Replay, replayable
 from layershare.sharing.solve import dense_values, refit, rows, solve, solve_one
 from layershare.sharing.statistics import Batch, Grams, order_of_calls
 from layershare.sharing.tie import fill, install
+from layershare.stacks import Stack, find_stacks
 
 # Pull towards the original weights where activations are rare, in units of the mean eigenvalue of E[y y^T].
 RIDGE = 1e-2
@@ -95,20 +98,23 @@ def solve_in_order(
     each step, only as far as it, and layers that are settled are not computed again.
     """
     weights = dict(original.named_parameters(remove_duplicate=False))
+    jobs = [job for job in layout.jobs if job.weight.kind != "other"]
+    planned = {module for job in jobs for module in job.modules}
+    jobs += whole_maps(find_stacks(student, list({job.stack for job in jobs})), layout)
     first = Layout((), layout.gates, tables=layout.tables)
     values: dict[str, Tensor] = {}
     for made in solve(first, weights.__getitem__, Moments(), counts):
         values |= made
     install(student, first)
     fill(student, values)
-    jobs = [job for job in layout.jobs if job.weight.kind != "other"]
     for job in layout.jobs:
         if job.weight.kind == "other":  # no map: nothing to fit
             _put(student, job, values, solve_one(job, [weights[in_original(n)] for n in job.sources], []))
     shared = {name for job in layout.jobs for name in job.names}
     turns = {module: _Turn(job, i) for job in jobs for i, module in enumerate(job.modules)}
     known = slopes or {}
-    steps = [[turns[name] for name in step] for step in order_of_calls(student, list(turns), batches)]
+    calls = order_of_calls(student, list(turns), batches, needed=planned)
+    steps = [[turns[name] for name in step] for step in calls]
     sums = {
         name: (reader, in_original(reader))
         for name, reader in readers_of_sums(student, list(turns), batches[0]).items()
@@ -124,8 +130,11 @@ def solve_in_order(
             batches,
             sums,
             again(steps[number:]),
+            needed=planned,
         )
         for job, at in due:
+            if not planned & set(job.modules) and job.modules[0] not in pairs:
+                continue  # no token came: an expert whom nobody asks any more
             names, modules = (job.sources, job.modules) if at == 0 else ([job.names[at]], [job.modules[at]])
             exact = [weights[in_original(name)] for name in names]
             aims = [
@@ -147,6 +156,18 @@ def solve_in_order(
                     )
                     student.get_parameter(name).copy_(values[name])
     return values
+
+
+def whole_maps(stacks: Iterable[Stack], layout: Layout) -> list[Job]:
+    """A job for each map that ``layout`` leaves whole. The regression mean of one map is what it should be, W'."""
+    taken = {name for job in layout.jobs for name in job.names}
+    return [
+        Job(stack.name, Group(positions=(i,), parts=(weight.name,), merge="regmean"), weight, (i,))
+        for stack in stacks
+        for i, layer in enumerate(stack.layers)
+        for weight in layer
+        if weight.factorable and f"{stack.name}.{i}.{weight.name}" not in taken
+    ]
 
 
 def _replays(

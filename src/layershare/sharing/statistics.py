@@ -1,6 +1,6 @@
 """Second moments of activations: what a linear map sees, measured on a few hundred calibration texts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,11 +40,14 @@ def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) 
 
 
 @torch.no_grad()
-def order_of_calls(model: nn.Module, modules: Sequence[str], batches: Sequence[Batch]) -> list[list[str]]:
+def order_of_calls(
+    model: nn.Module, modules: Sequence[str], batches: Sequence[Batch], needed: Collection[str] | None = None
+) -> list[list[str]]:
     """The names of ``modules`` in the order in which ``model`` first calls them; those that see one tensor together.
 
-    As many batches are run as it takes. Raises DataError if a module is not called.
+    As many batches are run as it takes. Raises DataError if a module (one of those ``needed``, if given) is not called.
     """
+    needed = modules if needed is None else needed
     calls: list[tuple[str, Tensor]] = []  # the tensors are kept, so that no two of them have one identity
     steps: dict[int, list[str]] = {}
     done: set[str] = set()
@@ -62,7 +65,7 @@ def order_of_calls(model: nn.Module, modules: Sequence[str], batches: Sequence[B
             _run(model, list(modules), batch, see, raw=True)
             if done >= set(modules):
                 break
-    refuse_unseen(modules, dict.fromkeys(done, 1), runs)
+    refuse_unseen([name for name in modules if name in needed], dict.fromkeys(done, 1), runs)
     return list(steps.values())
 
 
