@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layershare.heal import losses
 
-VECTOR_LOSSES = [losses.embedding_cosine, losses.embedding_mse, losses.similarity]
+VECTOR_LOSSES = [losses.embedding_cosine, losses.similarity]
 MASKED_LOSSES = [losses.soft_kl, losses.logit_mse, losses.match_logits, losses.hidden_mse]
 ALL = VECTOR_LOSSES + MASKED_LOSSES
 

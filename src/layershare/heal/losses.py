@@ -135,11 +135,6 @@ def embedding_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return difference.square().sum(-1).mean() / 2
 
 
-def embedding_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the embeddings [B, d] (Reimers, Gurevych 2020, arXiv 2004.09813)."""
-    return functional.mse_loss(student, teacher)
-
-
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the cosines between the texts of a batch, [B, d] each; 0 for B < 2. Of images and
     their texts [B, 2, d] it is that between any two of them.

@@ -1,6 +1,5 @@
 """Images with texts: a caption each, or what a template makes of the image's label."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,19 +38,11 @@ class Settings(Config):
         return value
 
 
-def read_captions(
-    template: str,
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    **how: Any,
-) -> Data:
+def read_captions(template: str, paths: Paths, **how: Any) -> Data:
     """Read images with their captions. Where there are labels alone, as in a folder ``LABEL/IMAGE``, the captions are
     made of these. No image is in two parts; captions may be."""
     data = read_splits(
-        paths, test, validation, candidates=COLUMNS, given=columns, optional=OPTIONAL, folders=vision.folders,
+        paths, candidates=COLUMNS, optional=OPTIONAL, folders=vision.folders,
         convert={"caption": text, "label": label}, beside={"image": vision.image}, stratify="label", **how,
     )  # fmt: skip
     if "caption" in data.columns:  # then it does not matter what labels there are

@@ -50,7 +50,7 @@ def read_answers(
     role = next((role for role in ("labels", "score") if role in (columns or {})), "label")
     try:
         data = read_splits(
-            paths, candidates={**candidates, role: COLUMNS[role]}, given=columns, optional=optional - {role},
+            paths, candidates={**candidates, role: COLUMNS[role]}, columns=columns, optional=optional - {role},
             convert={**(convert or {}), role: ANSWERS[role][1]}, stratify="label", **how,
         )  # fmt: skip
     except DataError as error:

@@ -90,7 +90,7 @@ def read_texts(
         raise OptionError(f"{plain[0]}: skip_bad is for rows of a table.", "Mend the file, or leave it out.")
     if skip_bad or not all(is_file_name(source) for source in sources):
         return read_splits(
-            paths, test, validation, candidates=COLUMNS, given=columns, optional=frozenset(), convert={"text": text},
+            paths, candidates=COLUMNS, convert={"text": text}, test=test, validation=validation, columns=columns,
             split=split, seed=seed, skip_bad=skip_bad,
         )  # fmt: skip
     corpus = read_corpus(paths, validation=validation, test=test, columns=columns, split=split, seed=seed)

@@ -17,7 +17,7 @@ from layershare.errors import ModelError
 from layershare.tasks import classification, vision
 from layershare.tasks.encoding import batches
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task, no_texts, own_loss
+from layershare.tasks.task import Data, Outputs, Task, no_texts, own_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,19 +32,10 @@ class Settings(Config):
     )
 
 
-def read(
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    **how: Any,
-) -> Data:
-    """Read images; whatever stands beside them is not looked at. Every image is opened once, and kept nowhere."""
-    return read_splits(
-        paths, test, validation, candidates=vision.COLUMNS, given=columns, optional=frozenset(), convert={},
-        beside={"image": vision.image}, folders=vision.folders, **how,
-    )  # fmt: skip
+read = partial(
+    read_splits, candidates=vision.COLUMNS, convert={}, beside={"image": vision.image}, folders=vision.folders
+)
+"""Reads images; whatever stands beside them is not looked at. Every image is opened once, and kept nowhere."""
 
 
 def encode(

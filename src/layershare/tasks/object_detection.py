@@ -23,7 +23,7 @@ from layershare.tasks.detections import average_precision, found_by
 from layershare.tasks.files import label, number
 from layershare.tasks.media import Medium
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task, no_texts, own_loss
+from layershare.tasks.task import Data, Outputs, Task, no_texts, own_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,20 +89,12 @@ def inside(image: Mapping[str, Any], found: Sequence[Sequence[float]]) -> None:
             )
 
 
-def read(
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    **how: Any,
-) -> Data:
-    """Read images with boxes and their labels, or without any. Every image is opened, and kept nowhere."""
-    return read_splits(
-        paths, test, validation, candidates=COLUMNS, given=columns, optional=OPTIONAL, folders=vision.folders,
-        convert={"boxes": boxes, "labels": names}, beside={"image": sized}, equal=("boxes", "labels"),
-        fits=("image", "boxes", inside), together={"boxes": "labels", "labels": "boxes"}, **how,
-    )  # fmt: skip
+read = partial(
+    read_splits, candidates=COLUMNS, optional=OPTIONAL, folders=vision.folders,
+    convert={"boxes": boxes, "labels": names}, beside={"image": sized}, equal=("boxes", "labels"),
+    fits=("image", "boxes", inside), together={"boxes": "labels", "labels": "boxes"},
+)  # fmt: skip
+"""Reads images with boxes and their labels, or without any. Every image is opened, and kept nowhere."""
 
 
 def encode(

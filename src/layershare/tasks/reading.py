@@ -26,31 +26,32 @@ Rows = dict[str, list[Any]]
 
 def read_splits(
     paths: Paths,
-    test: Paths = (),
-    validation: Paths = (),
     *,
     candidates: Mapping[str, tuple[str, ...]],
-    given: Mapping[str, str] | None,
-    optional: frozenset[str],
     convert: Mapping[str, Callable[[Any], Any]],
+    optional: frozenset[str] = frozenset(),
     together: Mapping[str, str] | None = None,
     equal: tuple[str, str] | None = None,
     fits: tuple[str, str, Callable[[Any, Any], None]] | None = None,
     stratify: str | None = None,
+    beside: Mapping[str, Callable[[Any, Path], Any]] | None = None,
+    folders: Folders | None = None,
+    test: Paths = (),
+    validation: Paths = (),
+    columns: Mapping[str, str] | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
     skip_bad: bool = False,
-    beside: Mapping[str, Callable[[Any, Path], Any]] | None = None,
-    folders: Folders | None = None,
 ) -> Data:
     """Read ``paths``, the files only tested on, ``test``, and those only chosen on, ``validation``, into Data.
 
-    ``convert``: role -> what makes a value of a cell, or raises ValueError; ``beside``: the same of a cell and the
-    folder in which its table lies. ``folders``: how a folder is read; without it, it is refused. ``together`` names
-    roles that mean nothing without another one (a score without a second text); a guessed one is then left out, a given
-    one raises. ``equal``: two roles whose lists must be equally long; ``fits``: two roles, and what raises ValueError
-    where the second's value does not go with the first's. ``stratify`` is the role whose values each split gets in
-    equal shares.
+    ``candidates`` to ``folders`` are the task's, which gives them with ``partial``; the rest is as in
+    :class:`~layershare.tasks.task.Task`. ``candidates``: role -> names that its column may have; ``convert``: role ->
+    what makes a value of a cell, or raises ValueError; ``beside``: the same of a cell and the folder in which its table
+    lies. ``folders``: how a folder is read; without it, it is refused. ``together`` names roles that mean nothing
+    without another one (a score without a second text); a guessed one is then left out, a given one raises. ``equal``:
+    two roles whose lists must be equally long; ``fits``: two roles, and what raises ValueError where the second's value
+    does not go with the first's. ``stratify`` is the role whose values each split gets in equal shares.
     Parts without files of their own are split off from ``paths``, unless ``paths`` is a data set with parts. No text
     stands in two parts: rows of ``paths`` that share one with validation or test are left out, and so are rows of
     validation that share one with test; the notes say how many. With ``skip_bad`` rows that cannot be read are left
@@ -70,10 +71,10 @@ def read_splits(
     for part in PARTS:
         if part in tables:
             # A file may have what the training file lacks (scores), so each part chooses for itself.
-            own_columns = choose_columns(tables[part], candidates, given, optional)
+            own_columns = choose_columns(tables[part], candidates, columns, optional)
             for role, needs in (together or {}).items():
                 if role in own_columns and needs not in own_columns:
-                    if given and role in given and part == "train":
+                    if columns and role in columns and part == "train":
                         raise DataError(
                             f"The column {own_columns[role]!r} ({role}) needs a column for {needs} beside it."
                         )
@@ -82,7 +83,7 @@ def read_splits(
             rows[part] = _convert(
                 tables[part], own_columns, convert, beside or {}, equal, fits, skipped if skip_bad else None
             )
-    notes = [] if given == chosen else [f"Columns: {', '.join(f'{r} = {c!r}' for r, c in chosen.items())}."]
+    notes = [] if columns == chosen else [f"Columns: {', '.join(f'{r} = {c!r}' for r, c in chosen.items())}."]
     if skipped:
         more = f" ... and {len(skipped) - TOLD} more" if len(skipped) > TOLD else ""
         notes.append(f"{len(skipped)} of {total} rows were skipped: {' '.join(skipped[:TOLD])}{more}")

@@ -8,6 +8,7 @@ of the same text.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError, ModelError
@@ -15,7 +16,7 @@ from layershare.tasks.encoding import batches, encode, usable_length
 from layershare.tasks.files import number, text
 from layershare.tasks.pooling import pooling_of
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task
+from layershare.tasks.task import Data, Outputs, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,30 +50,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
-def read(
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read pairs with or without score, or single texts; see :class:`~layershare.tasks.task.Task`."""
-    return read_splits(
-        paths,
-        test,
-        validation,
-        candidates=COLUMNS,
-        given=columns,
-        optional=TASK.optional,
-        convert={"text": text, "text_pair": text, "score": number},
-        together={"score": "text_pair"},
-        split=split,
-        seed=seed,
-        skip_bad=skip_bad,
-    )
+OPTIONAL = frozenset({"text_pair", "score"})
+read = partial(
+    read_splits,
+    candidates=COLUMNS,
+    optional=OPTIONAL,
+    convert={"text": text, "text_pair": text, "score": number},
+    together={"score": "text_pair"},
+)
+"""Reads pairs with or without score, or single texts."""
 
 
 def texts(data: Data) -> list[str]:
@@ -204,7 +190,7 @@ TASK = Task(
     metric="spearman",
     higher_is_better=True,
     columns=COLUMNS,
-    optional=frozenset({"text_pair", "score"}),
+    optional=OPTIONAL,
     read=read,
     encode=encode_texts,
     texts=texts,

@@ -19,7 +19,7 @@ from layershare.tasks.files import text
 from layershare.tasks.language import LOGITS
 from layershare.tasks.masking import IGNORED
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task
+from layershare.tasks.task import Data, Outputs, Task
 from layershare.tasks.writing import Targets, generate
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def make(
         higher_is_better=True,
         columns=columns,
         optional=frozenset(),
-        read=partial(_read, columns),
+        read=partial(read_splits, candidates=columns, convert={"text": text, "target": text}),
         encode=partial(_encode, settings),
         texts=texts,
         check=check,
@@ -69,24 +69,6 @@ def make(
         configure=configure,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
     )
-
-
-def _read(
-    guesses: Mapping[str, tuple[str, ...]],
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read pairs of a text and its target. No text (of the first side) stands in two parts."""
-    return read_splits(
-        paths, test, validation, candidates=guesses, given=columns, optional=frozenset(),
-        convert={"text": text, "target": text}, split=split, seed=seed, skip_bad=skip_bad,
-    )  # fmt: skip
 
 
 def texts(data: Data) -> list[str]:

@@ -47,22 +47,11 @@ folders = partial(folder_tables, role="audio", suffixes=SUFFIXES)
 """How a folder of sounds is read, see :func:`~layershare.tasks.media.folder_tables`."""
 
 
-def read_said(
-    seconds: float,
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    **how: Any,
-) -> Data:
+def read_said(seconds: float, paths: Paths, **how: Any) -> Data:
     """Read sounds, in ``audio``, with what is said in them: a table with a column of paths, or a folder with a
     ``metadata.csv``. Every sound is opened, and kept nowhere. One that is longer than ``seconds`` is refused: cut, it
     would not be what is said of it. ``how``: as for :func:`~layershare.tasks.reading.read_splits`."""
-    return read_splits(
-        paths, test, validation, given=columns, optional=frozenset(),
-        beside={"audio": partial(at_most, seconds)}, folders=folders, **how,
-    )  # fmt: skip
+    return read_splits(paths, beside={"audio": partial(at_most, seconds)}, folders=folders, **how)
 
 
 def samples(one: Medium, rate: int) -> "np.ndarray":

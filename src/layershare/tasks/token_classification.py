@@ -6,6 +6,7 @@ will do.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError, ModelError
@@ -14,7 +15,7 @@ from layershare.tasks.encoding import INPUTS, batches, usable_length
 from layershare.tasks.files import words
 from layershare.tasks.masking import IGNORED
 from layershare.tasks.reading import read_splits
-from layershare.tasks.task import Data, Outputs, Paths, Task
+from layershare.tasks.task import Data, Outputs, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,21 +28,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 OUTSIDE = "O"
 
 
-def read(
-    paths: Paths,
-    *,
-    test: Paths = (),
-    validation: Paths = (),
-    columns: Mapping[str, str] | None = None,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    skip_bad: bool = False,
-) -> Data:
-    """Read words and as many tags: lists, or texts with spaces between. See :class:`~layershare.tasks.task.Task`."""
-    return read_splits(
-        paths, test, validation, candidates=COLUMNS, given=columns, optional=frozenset(),
-        convert={"words": words, "tags": words}, equal=("words", "tags"), split=split, seed=seed, skip_bad=skip_bad,
-    )  # fmt: skip
+read = partial(
+    read_splits, candidates=COLUMNS, convert={"words": words, "tags": words}, equal=("words", "tags")
+)
+"""Reads words and as many tags: lists, or texts with spaces between."""
 
 
 def texts(data: Data) -> list[str]:
