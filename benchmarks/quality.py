@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of healing")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of healing, of every side")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="more of DistillConfig, of every side"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "quality.jsonl")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="what is kept between runs")
@@ -161,13 +164,16 @@ def figures(subject: Subject, made: Made, wall: float, cpu: float) -> Row:
 
 
 def heal(subject: Any, made: Made, options: argparse.Namespace, seed: int) -> None:
-    config = DistillConfig(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        save_every=options.steps,
-        max_length=subject.length,
-        seed=seed,
+    config = DistillConfig.parse(
+        {
+            "steps": options.steps,
+            "batch_size": options.batch_size,
+            "learning_rate": options.learning_rate,
+            "save_every": options.steps,
+            "max_length": subject.length,
+            "seed": seed,
+            **settings(options),
+        }
     )
     distill(
         made.model, subject.teacher, subject.tokenizer, subject.task, subject.data, config, options.out / "healing",
@@ -176,10 +182,15 @@ def heal(subject: Any, made: Made, options: argparse.Namespace, seed: int) -> No
     made.model.eval()
 
 
-def healing(options: argparse.Namespace) -> dict[str, float]:
+def healing(options: argparse.Namespace) -> dict[str, Any]:
     if options.table != "healed":
         return {"steps": 0}
-    return {"steps": options.steps, "batch": options.batch_size, "rate": options.learning_rate}
+    said = {"steps": options.steps, "batch": options.batch_size, "rate": options.learning_rate}
+    return said | settings(options)
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    return dict(one.split("=", 1) for one in options.set)
 
 
 def commit() -> str:
@@ -219,6 +230,7 @@ def command(options: argparse.Namespace) -> str:
     if options.table == "healed":
         words += ["--steps", str(options.steps), "--batch-size", str(options.batch_size)]
         words += ["--learning-rate", f"{options.learning_rate:g}"]
+        words += ["--set", *options.set] if options.set else []
     words += ["--budgets", *(f"{budget:g}" for budget in options.budgets)]
     words += ["--seeds", *map(str, options.seeds)]
     if options.sides:

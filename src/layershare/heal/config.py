@@ -91,6 +91,17 @@ class DistillConfig(TrainConfig):
         description="Share of the steps, at the start, in which each layer reads the teacher's hidden states, so that "
         "it learns by itself.",
     )
+    progressive: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps, after those of local, in which each layer is the teacher's by chance: at "
+        "first half of the time, in the end never (module replacement).",
+    )
+    trained: Literal["all", "deltas"] = Field(
+        "all",
+        description="deltas: only what a position has beside what it shares, as corrections, private factors, gates.",
+    )
     keep: Literal["best", "last"] = Field(
         "best",
         description="Which weights: the best by the task's metric on the validation split, those it begins with among "

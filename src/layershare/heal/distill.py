@@ -1,7 +1,7 @@
 """Distillation: train the shared model (student) to do what the original (teacher) does. Needs no labels."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from layershare.heal.disk import megabytes
 from layershare.heal.fit import active_weights, check_pair, relation_heads
 from layershare.heal.layers import LayerMap, kept_layers, layer_pairs, matching_layers, projections
 from layershare.heal.local import by_itself, check_local, layers_of
+from layershare.heal.progressive import parts_in_place, replaced_at, stand_in
 from layershare.heal.questions import questions
 from layershare.heal.relations import attention_maps, capture
 from layershare.heal.teacher import Ask, Target, Wanted, live
+from layershare.heal.trained import only_trained
 from layershare.tasks import Data, Task
 from layershare.tasks.encoding import lengths
 from layershare.tasks.task import Outputs, label_loss
@@ -105,20 +107,29 @@ def distill(
     order = length_grouped_order(long, config.batch_size, config.steps, config.seed)
     ask = _asker(teacher, tokenizer, task, dataset, wanted, order, config, cache, quiet)
     last = student.config.num_hidden_layers - 1 if heads else None
-    layers, local = layers_of(student), round(config.local * config.steps) * config.batch_size
+    layers, local = layers_of(student), round(config.local * config.steps)
+    mixed = round(config.progressive * config.steps)
+    places = parts_in_place(student, teacher, layer_pairs(student, teacher, given)) if mixed else []
     made_of = {"teacher": model_hash(teacher)}
     with (
-        _frozen_embeddings(student, not config.train_embeddings),
+        only_trained(student, config),
         projections(student, teacher, pairs, config.seed) as maps,
         capture(attention_maps(student, last)) as relations,
     ):
+
+        def phase(step: int, target: Target) -> AbstractContextManager:
+            if step < local:
+                return by_itself(layers, pairs, target.hidden)
+            if step < local + mixed:
+                chosen = replaced_at(step - local, mixed, len(places), config.seed)
+                return stand_in([places[i] for i in chosen])
+            return nullcontext()
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
             model.train(config.dropout)
             target = ask(task.given(batch), batch["row"])
             inputs = task.given(batch, learning="labels" in weights)
-            alone = int(batch["position"][0]) < local
-            with by_itself(layers, pairs, target.hidden) if alone else nullcontext():
+            with phase(int(batch["position"][0]) // config.batch_size, target):
                 outputs = task.forward(model, inputs, hidden_states=bool(pairs))
             terms = loss_terms(
                 outputs,
@@ -250,20 +261,3 @@ def _asker(
         )
     with state.main_process_first():
         return outputs.on_disk(cache, say=(lambda _: None) if quiet or not state.is_main_process else tell)
-
-
-@contextmanager
-def _frozen_embeddings(model: nn.Module, freeze: bool) -> Iterator[None]:
-    """Within it, embedding tables take no gradient: large, hardly changed by healing, slow to update."""
-    tables = [
-        module.weight
-        for module in model.modules()
-        if freeze and isinstance(module, nn.Embedding) and module.weight.requires_grad
-    ]
-    for table in tables:
-        table.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for table in tables:
-            table.requires_grad_(True)

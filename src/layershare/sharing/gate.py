@@ -4,6 +4,8 @@ At g = 0 the position is skipped exactly, at g = 1 it is the layer itself; so a 
 layer-dropped one and only gain from there. (FlexiGPT, Smith et al., 2025, has a cousin: a small private output norm.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,18 @@ def remove_gate(layer: nn.Module) -> None:
 def has_gate(layer: nn.Module) -> bool:
     """Whether the gate is there and in use."""
     return layer._parameters.get(GATE) is not None and layer._forward_hooks.get(_KEY) is _apply_gate
+
+
+@contextmanager
+def ungated(layer: nn.Module) -> Iterator[None]:
+    """Within it, the layer's gate, if there is one, does nothing."""
+    hook = layer._forward_hooks.pop(_KEY, None)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            layer._forward_hooks[_KEY] = hook
+            layer._forward_hooks.move_to_end(_KEY, last=False)  # type: ignore[attr-defined]
 
 
 def _apply_gate(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
