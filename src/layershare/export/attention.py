@@ -1,5 +1,7 @@
 """Attention as ONNX Runtime's operators take it, and as they are fast.  Works on ``onnx_ir`` models, in place."""
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 
@@ -27,31 +29,110 @@ def spread_angles(model: ir.Model) -> None:
             node.replace_input_with(place, spread[angles])
 
 
+class _Source(NamedTuple):
+    """Where queries, keys or values come from."""
+
+    flat: ir.Value
+    """[texts, tokens, heads * size], as it comes from the product."""
+    heads: int
+    turned: ir.Node | None
+    """What rotates them, once the heads are apart."""
+    past: ir.Node | None
+    """What puts them behind those that were kept."""
+
+
 def join_heads(model: ir.Model) -> None:
-    """Let ``Attention`` split its heads itself, where all that reaches it and leaves it is only turned for its sake.
+    """Let ``Attention`` split its heads, and put keys and values behind those that were kept, where all that reaches it
+    and leaves it is only turned for its sake.
 
     An exporter writes a Reshape and a Transpose around it, four times a layer; the operator takes
-    [texts, tokens, heads * size] as it comes from the product, if it is told the number of heads. What nothing reads
-    any more is left for ``tidy``.
+    [texts, tokens, heads * size] as it comes from the product, if it is told the number of heads, and so does the
+    rotation of queries and keys. What nothing reads any more is left for ``tidy``.
     """
     graph = model.graph
     for node in [node for node in graph if node.op_type == "Attention" and len(node.outputs) == 1]:
-        found = [_split(value) for value in node.inputs[:3]]
+        queries, keys, values = (_source(value) for value in node.inputs[:3])
         ends = _joined(node)
-        if None in found or ends is None:
+        if ends is None or queries is None or keys is None or values is None or len(node.inputs) > 4:
             continue
-        for place, (flat, _) in enumerate(found):  # type: ignore[misc]
-            node.replace_input_with(place, flat)
-        (_, queries), (_, keys), _ = found  # type: ignore[misc]
-        node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", queries)
-        node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", keys)
-        made, last = node.outputs[0], ends[-1].outputs[0]
-        made.shape = last.shape
+        if queries.past is not None or (keys.past is None) != (values.past is None):
+            continue
+        made, last = _attention(node, queries, keys, values).outputs[0], ends[-1].outputs[0]
+        made.shape, made.type = last.shape, last.type
         if ends[0].op_type == "Where":  # zeros for tokens that see nothing: one answer for all heads
             blind = before(ends[0], "Squeeze", [ends[0].inputs[0], _first_axis(graph)])
             made = before(ends[0], "Where", [blind, ends[0].inputs[1], made])
             made.shape, made.type = last.shape, last.type
-        last.replace_all_uses_with(made, replace_graph_outputs=True)
+        _take_over(last, made)
+
+
+def _attention(node: ir.Node, queries: _Source, keys: _Source, values: _Source) -> ir.Node:
+    """The same attention on what is not split, put before ``node``; with the past it also gives keys and values."""
+    inputs = [_turned(node, one) for one in (queries, keys, values)]
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    kept = [] if keys.past is None or values.past is None else [keys.past, values.past]
+    made = ir.node(
+        "Attention",
+        [*inputs, mask, *(one.inputs[0] for one in kept)],
+        {name: attr.value for name, attr in node.attributes.items()}
+        | {"q_num_heads": queries.heads, "kv_num_heads": keys.heads},
+        num_outputs=1 + len(kept),
+    )
+    node.graph.insert_before(node, made)  # type: ignore[union-attr]
+    for old, new in zip((one.outputs[0] for one in kept), made.outputs[1:], strict=True):
+        _take_over(old, new)
+    return made
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Read ``new`` wherever ``old`` was read, also from outside, by its name."""
+    new.shape, new.type = old.shape, old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name, new.name = f"{old.name}.apart", old.name
+
+
+def _turned(node: ir.Node, source: _Source) -> ir.Value:
+    if source.turned is None:
+        return source.flat
+    given = {name: attr.value for name, attr in source.turned.attributes.items()}
+    made = before(
+        node,
+        "RotaryEmbedding",
+        [source.flat, *source.turned.inputs[1:]],
+        **given | {"num_heads": source.heads},
+    )
+    made.shape, made.type = source.flat.shape, source.flat.type
+    return made
+
+
+def _source(value: ir.Value | None) -> _Source | None:
+    past = turned = None
+    if value is not None and _behind_the_past(value):
+        past = value.producer()
+        value = past.inputs[1]  # type: ignore[union-attr]
+    maker = None if value is None else value.producer()
+    if maker is not None and maker.op_type == "RotaryEmbedding":
+        turned, value = maker, maker.inputs[0]
+    found = _split(value)
+    return None if found is None else _Source(*found, turned, past)
+
+
+def _behind_the_past(value: ir.Value) -> bool:
+    """Whether it is a graph's input with new tokens behind it, and read by attentions alone: they may give it too."""
+    node = value.producer()
+    if (
+        node is None
+        or node.op_type != "Concat"
+        or len(node.inputs) != 2
+        or attribute(node, "axis", 0) not in (-2, 2)
+    ):
+        return False
+    first = node.inputs[0]
+    return (
+        first is not None
+        and first.is_graph_input()
+        and all(use.op_type == "Attention" for use, _ in value.uses())
+    )
 
 
 def _split(value: ir.Value | None) -> tuple[ir.Value, int] | None:

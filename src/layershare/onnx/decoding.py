@@ -25,7 +25,7 @@ def decode(
         best = logits.argmax(-1)
         if runner.eos:
             best = np.where(ended, runner.eos[0], best)
-            ended |= np.isin(best, runner.eos)
+            ended |= (best[:, None] == runner.eos).any(1)
         found.append(best)
         if len(found) >= max_new_tokens or ended.all():
             return np.stack(found, axis=1)
@@ -52,38 +52,39 @@ def steps(
         input_ids, attention_mask = read["input_ids"], read["attention_mask"]
         session = runner.sessions["model"]
     known = {one.name: one.shape for one in session.get_inputs()}
-    outputs = [one.name for one in session.get_outputs()]
-    past = {
-        name: np.zeros((len(input_ids), shape[1], 0, shape[3]), np.float32)
-        for name, shape in known.items()
-        if name.startswith(PAST) and name not in fixed
-    }
-    states = {name: OrtValue.ortvalue_from_numpy(array) for name, array in (fixed | past).items()}
+    grows = [name for name in known if name.startswith(PAST) and name not in fixed]
+    outputs = ["logits", *(_present(name) for name in grows)]
+    value = OrtValue.ortvalue_from_numpy
+    states = {name: value(array) for name, array in fixed.items()}
+    for name in grows:
+        _, heads, _, size = known[name]
+        states[name] = value(np.zeros((len(input_ids), heads, 0, size), np.float32))
 
-    def step() -> dict[str, Any]:
-        length = input_ids.shape[1]
-        positions = np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -length:]
+    def step() -> list[Any]:
+        """The logits, and then keys and values in the order of ``grows``."""
+        positions = np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1] :]
         now = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-        fed = {
-            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64))
-            for name, array in now.items()
-            if name in known
-        }
-        return dict(zip(outputs, session.run_with_ort_values(outputs, fed | states), strict=True))
+        for name in now.keys() & known.keys():
+            states[name] = value(np.ascontiguousarray(now[name], np.int64))
+        return session.run_with_ort_values(outputs, states)
 
     if runner.languages and not start:
         told, input_ids = input_ids[:, 1:], input_ids[:, :1]
-        odds = step()["logits"].numpy()[:, -1, runner.languages]
+        odds = step()[0].numpy()[:, -1, runner.languages]
         heard = np.array(runner.languages)[odds.argmax(-1)]
         input_ids = np.concatenate([input_ids, heard[:, None], told], axis=1)
         attention_mask = np.ones_like(input_ids)
     while True:
-        answer = step()
-        states |= {_past(name): value for name, value in answer.items() if name.startswith(PRESENT)}
-        chosen = yield answer["logits"].numpy()[:, -1]
+        logits, *kept = step()
+        states.update(zip(grows, kept, strict=True))
+        chosen = yield logits.numpy()[:, -1]
         input_ids = np.asarray(chosen)[:, None]
         attention_mask = np.concatenate([attention_mask, np.ones_like(input_ids)], axis=1)
 
 
 def _past(present: str) -> str:
     return present.replace(PRESENT, PAST, 1)
+
+
+def _present(past: str) -> str:
+    return past.replace(PAST, PRESENT, 1)
