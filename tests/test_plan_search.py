@@ -17,6 +17,7 @@ from layershare.search.fitting import Fitted
 from layershare.search.folder import search
 from layershare.search.planner import plan_of_choice, space_of
 from layershare.search.space import GROUPINGS, METHODS, Choice, as_parameters, begin_with, suggest
+from layershare.search.study import Trials
 from layershare.search.within import search_within
 from layershare.sharing.layout import Job
 from layershare.sharing.lowrank import root
@@ -297,3 +298,18 @@ def test_compress_searches_within_its_run(bert_folder, few, tmp_path, monkeypatc
     assert SharingPlan.load(out / "plan.toml") == SharingPlan.from_dict(best["plan"])
     assert any(line.startswith("trial 0: ") for line in said)
     assert not (out / "search.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql+psycopg2://me:secret@host/plans", "pip install psycopg2-binary"),
+        ("mysql+nosuchdriver://me:secret@host/plans", "mysql+nosuchdriver"),
+    ],
+)
+def test_a_database_without_its_driver_says_what_to_install(url, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises((DependencyError, StoreError)) as caught:
+        Trials(url, "a study")
+    assert says in f"{caught.value.message} {caught.value.hint}"
+    assert "secret" not in str(caught.value)

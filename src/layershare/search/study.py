@@ -36,6 +36,8 @@ FIRST_STEP, FADING = 0.2, 30
 WAIT = 0.2
 """Seconds until a process without work looks again."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Driver of a database -> the package that brings it, where the names differ."""
 
 Measure = Callable[[SharingPlan], float]
 
@@ -76,9 +78,10 @@ class Trials:
             )
             self.study = optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
         except ImportError as error:
+            missing = getattr(error.__cause__ or error, "name", None) or "its module"  # optuna wraps it
             raise DependencyError(
-                f"the storage {without_password(storage)} needs a driver.",
-                f"pip install {error.name or ''}".strip(),
+                f"the storage {without_password(storage)} needs a driver: {missing}.",
+                f"pip install {PACKAGES.get(missing, missing)}",
             ) from None
         except Exception as error:  # whatever the driver of the database raises
             reason = next(iter(str(error).splitlines()), type(error).__name__)
