@@ -131,6 +131,11 @@ def test_what_has_no_place_is_refused(tiny, tokenizer, data, tmp_path):
         distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
 
 
+def test_phases_that_do_not_fit_are_refused():
+    with pytest.raises(OptionError, match="more than all steps"):
+        DistillConfig.parse({"local": 0.5, "progressive": 0.6})
+
+
 # what is shared -> which leaves are a position's own
 OWN = {
     "cycle": (dict(preset="cycle", unique=2, rank=2), {"up", "down"}),

@@ -1,8 +1,8 @@
 """How to distil, as typed settings."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ConfigDict, Field, NonNegativeInt
+from pydantic import ConfigDict, Field, NonNegativeInt, model_validator
 
 from layershare.config import Config
 from layershare.train import TrainConfig
@@ -127,3 +127,11 @@ class DistillConfig(TrainConfig):
     cache_precision: Literal["float32", "float16"] = Field(
         "float32", description="float16 halves what the teacher's outputs take, and rounds them to 3 digits."
     )
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.local + self.progressive > 1:
+            raise ValueError(
+                f"local = {self.local:g} and progressive = {self.progressive:g} are more than all steps"
+            )
+        return self
