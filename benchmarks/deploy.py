@@ -84,6 +84,7 @@ def section(kind: str, width: int, work: Path, options: argparse.Namespace) -> l
         clock=CLOCKS[options.clock],
     )  # fmt: skip
     limits = probe(width, TOKENS if kind == "encoder" else 1, options)
+    ends = probe(width, 1, options, WORDS) if kind == "decoder" else {}
     rows = {row.label: row for row in made.rows}
 
     def gain(label: str, base: str) -> str:
@@ -91,7 +92,7 @@ def section(kind: str, width: int, work: Path, options: argparse.Namespace) -> l
 
     said = "; ".join(
         f"{unique} unique {gain(f'{unique} unique, int8', 'dense, int8')} times as fast as dense (probe "
-        f"{limits[unique]:.2f})" for unique in (3, 1)
+        f"{limits[unique]:.2f}{f', with the output layer {ends[unique]:.2f}' if ends else ''})" for unique in (3, 1)
     )  # fmt: skip
     what = "one pass" if kind == "encoder" else f"{NEW} tokens from a prompt of {TOKENS}"
     lines = [
@@ -158,19 +159,22 @@ def exported(folder: Path, *, int8: bool) -> Path:
     return out
 
 
-def probe(width: int, rows: int, options: argparse.Namespace) -> dict[int, float]:
-    """Unique layers -> how many times as fast as with all different, for the products of ``rows`` tokens alone."""
+def probe(width: int, rows: int, options: argparse.Namespace, words: int = 0) -> dict[int, float]:
+    """Unique layers -> how many times as fast as with all different, for the products of ``rows`` tokens alone; with
+    those of an output layer of so many ``words``, which is read for every token whatever the layers share."""
     with tempfile.TemporaryDirectory() as scratch:
         calls = {
-            str(unique): products(width, rows, unique, Path(scratch), options.threads)
+            str(unique): products(width, rows, unique, Path(scratch), options.threads, words)
             for unique in (DEPTH, 3, 1)
         }
         found = latency(calls, batch=1, runs=400, seconds=options.seconds, clock=CLOCKS[options.clock])
     return {int(name): found[str(DEPTH)].p50_ms / one.p50_ms for name, one in found.items()}
 
 
-def products(width: int, rows: int, unique: int, folder: Path, threads: int) -> Callable[[], object]:
-    """The products of twelve layers in a row, in int8, on ``rows`` rows of numbers."""
+def products(
+    width: int, rows: int, unique: int, folder: Path, threads: int, words: int = 0
+) -> Callable[[], object]:
+    """The products of twelve layers in a row, in int8, on ``rows`` rows of numbers, and of an output layer if any."""
     draw = np.random.default_rng(0)
     shapes = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
     weights = {
@@ -186,13 +190,19 @@ def products(width: int, rows: int, unique: int, folder: Path, threads: int) -> 
         for i in range(len(shapes)):
             nodes.append(ir.node("MatMul", [last, weights[position * unique // DEPTH, i]]))
             last = nodes[-1].outputs[0]
+    if words:
+        weights[unique, 0] = ir.val(
+            "head", const_value=ir.tensor(draw.standard_normal((width, words)).astype(np.float32))
+        )
+        nodes.append(ir.node("MatMul", [last, weights[unique, 0]]))
+        last = nodes[-1].outputs[0]
     last.name, last.dtype = "y", ir.DataType.FLOAT
     made = ir.Model(
         ir.Graph([first], [last], nodes=nodes, initializers=list(weights.values()), opset_imports={"": 20}),
         ir_version=10,
     )  # fmt: skip
     quantize(made)
-    assert len({id(right) for _, right in graph.products(made)}) == unique * len(shapes)
+    assert len({id(right) for _, right in graph.products(made)}) == len(weights)
     file = folder / f"probe-{unique}.onnx"
     ir.save(made, file)
     session, x = open_session(file, threads), draw.standard_normal((rows, width)).astype(np.float32)
