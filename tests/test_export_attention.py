@@ -183,6 +183,10 @@ def test_rotated_heads_behind_kept_ones_are_those_of_numpy_and_come_out_under_th
             "s = Shape(present_key)\n  a = Attention(qr, present_key",
         ),  # read before
         ("kr = RotaryEmbedding<interleaved=0>(kt, cos, sin)", "kr = Neg(kt)"),  # anything in between
+        (
+            "a = Attention(",
+            "q0 = Neg(qr)\n  z = Attention(q0, present_key, present_value)\n  a = Attention(",
+        ),  # not first
     ],
 )
 def test_what_is_kept_otherwise_stays_as_it_is(change):

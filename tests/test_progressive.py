@@ -6,7 +6,7 @@ import torch
 from laws import output
 from layershare import make_plan, share
 from layershare.errors import OptionError
-from layershare.heal.config import DistillConfig
+from layershare.heal.config import DistillConfig, LossWeights
 from layershare.heal.distill import distill
 from layershare.heal.layers import kept_layers, matching_layers
 from layershare.heal.local import layers_of
@@ -129,6 +129,41 @@ def test_what_has_no_place_is_refused(tiny, tokenizer, data, tmp_path):
     config = QUICK.model_copy(update={"layer_map": ((0, 3),), "progressive": 0.5})
     with pytest.raises(OptionError, match="Pair every layer"):
         distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+
+
+def test_a_teacher_that_would_compute_something_else_is_refused(tiny):
+    llama, pairs = tiny("llama"), matching_layers(4, 4)
+    lending = share(llama, make_plan(llama, "adjacent", unique=2, kv=True))
+    with pytest.raises(OptionError, match="kv = true"):
+        parts_in_place(lending, llama, pairs)
+    bert = tiny("bert")
+    with pytest.raises(OptionError, match="gates"):
+        parts_in_place(bert, share(bert, make_plan(bert, "gated", unique=2)), pairs)
+    with pytest.raises(OptionError, match="bfloat16"):
+        parts_in_place(bert, tiny("bert").to(torch.bfloat16), pairs)
+    with pytest.raises(OptionError, match="ends before"):
+        parts_in_place(tiny("bert", num_hidden_layers=2), bert, [(0, 0), (1, 1)])
+    short = tiny("t5", num_layers=2, num_decoder_layers=2)
+    with pytest.raises(OptionError, match="several of them"):
+        parts_in_place(short, tiny("t5"), [(0, 1), (1, 3), (2, 5), (3, 7)])
+
+
+def test_a_forward_that_another_tool_put_there_comes_back(tiny):
+    student, teacher = tiny("bert"), tiny("bert")
+    layer, own = student.encoder.layer[0], student.encoder.layer[0].forward
+    layer.forward = own
+    with stand_in(everywhere(student, teacher)):
+        assert layer.forward is not own
+    assert layer.__dict__["forward"] is own
+    assert "forward" not in student.encoder.layer[1].__dict__
+
+
+def test_relations_are_compared_in_a_layer_that_stays(tiny, tokenizer, data, tmp_path):
+    teacher = tiny("bert")
+    student = share(teacher, make_plan(teacher, "cycle", unique=2, rank=2))
+    config = QUICK.model_copy(update={"progressive": 1.0, "weights": LossWeights(relation=1.0)})
+    history = distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    assert history
 
 
 def test_phases_that_do_not_fit_are_refused():

@@ -299,6 +299,52 @@ def test_maps_that_stay_whole_make_up_for_the_others(tiny, batch_for):
     torch.testing.assert_close(now[f"{module}.weight"].double(), (own + best) / 2, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("stack", ["encoder.block", "decoder.block"])
+def test_stacks_that_the_plan_does_not_name_stay(stack, tiny, batch_for):
+    model = tiny("t5")
+    plan = make_plan(model, "basis", rank=4, stack=stack, parts=("ffn",))
+    student = share(model, plan, calibration=texts(batch_for, "t5", 3), fit="sequential")
+    other = {"encoder.block": "decoder", "decoder.block": "encoder"}[stack]
+    before = dict(getattr(model, other).named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in getattr(student, other).named_parameters())
+
+
+def test_a_map_whose_bias_is_shared_takes_up_the_mean_itself(tiny, batch_for):
+    """The best matrix alone, about zero, not about a mean that no bias of its own makes up for."""
+    model, batches = tiny("bert"), texts(batch_for, "bert", 12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    one, tied = halved(model).stacks[0].groups[0], Group(positions=(0, 1, 2, 3), parts=("norm",))
+    plan = SharingPlan(stacks=(StackPlan(name="encoder.layer", length=4, groups=(one, tied)),))
+    assert any(w.part == "norm" and w.name.endswith("query.bias") for w in find_stacks(model)[0].layers[0])
+    errors = {}
+    for way in ("answer", "sequential"):
+        student = share(model, plan, calibration=batches, fit=way)
+        errors[way] = sum(float((output(student, b) - output(model, b)).square().mean()) for b in batches)
+    assert errors["sequential"] < errors["answer"]
+
+
+def test_experts_whose_tokens_change_are_no_obstacle():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        d_model=16, d_kv=8, d_ff=32, num_layers=4, num_decoder_layers=4, num_heads=2, num_experts=3, vocab_size=25,
+        num_sparse_encoder_layers=4, num_sparse_decoder_layers=4, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    batches = [
+        {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+        for ids in torch.randint(5, 24, (3, 4, 9), generator=torch.Generator().manual_seed(1))
+    ]
+    group = Group(positions=(1,), parts=("attention",), method="basis", rank=4)
+    plan = SharingPlan(stacks=(StackPlan(name="encoder.block", length=4, groups=(group,)),))
+    student = share(model, plan, calibration=batches, fit="sequential")
+    verify(student, plan)
+    assert output(student, batches[0]).isfinite().all()
+
+
 def test_an_expert_that_the_student_never_asks_stays_as_it_is(tiny, batch_for):
     model = tiny("bert")
     for layer in model.encoder.layer:

@@ -51,7 +51,7 @@ def join_heads(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in [node for node in graph if node.op_type == "Attention" and len(node.outputs) == 1]:
-        queries, keys, values = (_source(value) for value in node.inputs[:3])
+        queries, keys, values = (_source(node, value) for value in node.inputs[:3])
         ends = _joined(node)
         if ends is None or queries is None or keys is None or values is None or len(node.inputs) > 4:
             continue
@@ -105,9 +105,9 @@ def _turned(node: ir.Node, source: _Source) -> ir.Value:
     return made
 
 
-def _source(value: ir.Value | None) -> _Source | None:
+def _source(node: ir.Node, value: ir.Value | None) -> _Source | None:
     past = turned = None
-    if value is not None and _behind_the_past(value):
+    if value is not None and _behind_the_past(value, node):
         past = value.producer()
         value = past.inputs[1]  # type: ignore[union-attr]
     maker = None if value is None else value.producer()
@@ -117,21 +117,19 @@ def _source(value: ir.Value | None) -> _Source | None:
     return None if found is None else _Source(*found, turned, past)
 
 
-def _behind_the_past(value: ir.Value) -> bool:
-    """Whether it is a graph's input with new tokens behind it, and read by attentions alone: they may give it too."""
+def _behind_the_past(value: ir.Value, attention: ir.Node) -> bool:
+    """Whether it is a graph's input with new tokens behind it, and read by attentions alone, by this one first: then it
+    may as well come out of this one."""
     node = value.producer()
-    if (
-        node is None
-        or node.op_type != "Concat"
-        or len(node.inputs) != 2
-        or attribute(node, "axis", 0) not in (-2, 2)
-    ):
+    if node is None or node.op_type != "Concat" or attribute(node, "axis", 0) not in (-2, 2):
         return False
-    first = node.inputs[0]
+    start, *more = node.inputs
+    if start is None or not start.is_graph_input() or len(more) != 1 or attention.graph is None:
+        return False
+    readers = {reader for reader, _ in value.uses()}
     return (
-        first is not None
-        and first.is_graph_input()
-        and all(use.op_type == "Attention" for use, _ in value.uses())
+        all(reader.op_type == "Attention" for reader in readers)
+        and next(one for one in attention.graph if one in readers) is attention
     )
 
 

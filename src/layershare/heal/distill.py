@@ -110,6 +110,8 @@ def distill(
     layers, local = layers_of(student), round(config.local * config.steps)
     mixed = round(config.progressive * config.steps)
     places = parts_in_place(student, teacher, layer_pairs(student, teacher, given)) if mixed else []
+    if heads and places:
+        del places[len(layers[0]) - 1]  # its relations are compared
     made_of = {"teacher": model_hash(teacher)}
     with (
         only_trained(student, config),

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from layershare.errors import OptionError
 from layershare.heal.layers import LayerMap, depths, widths
 from layershare.heal.local import layers_of
-from layershare.sharing.gate import ungated
+from layershare.sharing.carry import plan_of
+from layershare.sharing.gate import has_gate, ungated
+from layershare.sharing.tie import layout_of
 
 FIRST = 0.5
 """The chance, at first, that a layer is the teacher's; it falls to 0 in a straight line."""
@@ -42,6 +44,11 @@ def parts_in_place(student: Any, teacher: Any, pairs: LayerMap) -> list[Part]:
     mine, its = layers_of(student), layers_of(teacher)
     if [list(map(len, mine)), list(map(len, its))] != [list(depths(student)), list(depths(teacher))]:
         raise OptionError(f"The layers of {type(student).__name__} were not found.", "Set progressive to 0.")
+    if any(_lends(model) for model in (student, teacher)):
+        raise OptionError(
+            "Positions that read keys and values from another one (kv = true) cannot come in one by one.",
+            "Set progressive to 0.",
+        )
     ends, found = dict(pairs), []
     first, before = 0, 0
     for layers, olds in zip(mine, its, strict=True):
@@ -56,7 +63,38 @@ def parts_in_place(student: Any, teacher: Any, pairs: LayerMap) -> list[Part]:
             found.append(Part(layer, tuple(olds[reached - before : end - before])))
             reached = end
         first, before = first + len(layers), before + len(olds)
+        if reached != before:
+            raise OptionError(
+                "The layer map ends before the teacher's last layer.",
+                "Pair the last layers, or set progressive to 0.",
+            )
+    _refuse_strangers(found, teacher)
     return found
+
+
+def _refuse_strangers(parts: Sequence[Part], teacher: Any) -> None:
+    """Raise OptionError where layers of the teacher would not compute in the student what they do in the teacher."""
+    if any(len(part.place) > 1 for part in parts) and (
+        teacher.config.is_encoder_decoder or len(set(getattr(teacher.config, "layer_types", None) or ())) > 1
+    ):
+        raise OptionError(
+            f"The layers of {type(teacher).__name__} differ: several of them cannot stand in for one.",
+            "Set progressive to 0.",
+        )
+    for layer, place in parts:
+        if any(has_gate(old) for old in place):
+            raise OptionError("A teacher with gates cannot stand in.", "Set progressive to 0.")
+        kinds = {next(one.parameters()).dtype for one in (layer, *place)}
+        if len(kinds) > 1:
+            raise OptionError(
+                f"Student and teacher are of {' and '.join(sorted(map(str, kinds)))}.",
+                "Load both in one precision, or set progressive to 0.",
+            )
+
+
+def _lends(model: Any) -> bool:
+    plan = plan_of(model)
+    return plan is not None and bool(layout_of(model, plan).lent)
 
 
 def replaced_at(step: int, steps: int, layers: int, seed: int) -> list[int]:
@@ -83,9 +121,15 @@ def stand_in(parts: Sequence[Part]) -> Iterator[None]:
                 parameter.requires_grad_(False)
             undo.enter_context(ungated(layer))
             # The module stays, for all that watches it; an attribute of its own goes before that of its class.
-            undo.callback(layer.__dict__.pop, "forward", None)
+            undo.callback(_give_back, layer, layer.__dict__.get("forward"))
             layer.forward = _one_by_one(place)
         yield
+
+
+def _give_back(layer: nn.Module, forward: Any) -> None:
+    del layer.__dict__["forward"]
+    if forward is not None:
+        layer.forward = forward
 
 
 def _one_by_one(layers: Sequence[nn.Module]) -> Callable[..., Any]:

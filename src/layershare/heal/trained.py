@@ -21,7 +21,11 @@ def only_trained(student: nn.Module, config: DistillConfig) -> Iterator[None]:
 
     Raises OptionError where nothing is left to train.
     """
-    left = {id(parameter) for parameter in deltas(student)} if config.trained == "deltas" else None
+    left = (
+        {id(parameter) for parameter in deltas(student) if parameter.requires_grad}
+        if config.trained == "deltas"
+        else None
+    )
     if left is not None and not left:
         raise OptionError(
             "trained = deltas: no position has a correction, a factor or a gate of its own.",

@@ -78,10 +78,11 @@ class Trials:
             )
             self.study = optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
         except ImportError as error:
-            missing = getattr(error.__cause__ or error, "name", None) or "its module"  # optuna wraps it
+            cause = error.__cause__ or error  # optuna wraps it
+            missing = getattr(cause, "name", None)
             raise DependencyError(
-                f"the storage {without_password(storage)} needs a driver: {missing}.",
-                f"pip install {PACKAGES.get(missing, missing)}",
+                f"the storage {without_password(storage)} needs a driver ({cause}).",
+                f"pip install {PACKAGES.get(missing, missing)}" if missing else "",
             ) from None
         except Exception as error:  # whatever the driver of the database raises
             reason = next(iter(str(error).splitlines()), type(error).__name__)

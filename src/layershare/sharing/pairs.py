@@ -97,7 +97,9 @@ def readers_of_sums(model: nn.Module, modules: Sequence[str], batch: Batch) -> d
             noise = noise * out.float().square().mean().sqrt().clamp_min(1e-6).to(out)
             after = _read(model, batch, {}, {name: noise})
             for (reader, old), (_, new) in zip(before, after, strict=False):
-                if old.shape != out.shape or torch.equal(old, out):
+                if not old.shape == new.shape == out.shape or torch.equal(
+                    old, out
+                ):  # experts get other tokens
                     continue
                 rest = (new.float() - old.float() - noise.float()).square().mean()
                 if rest.sqrt() < EXACT * noise.float().square().mean().sqrt():

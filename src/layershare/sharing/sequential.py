@@ -100,7 +100,8 @@ def solve_in_order(
     weights = dict(original.named_parameters(remove_duplicate=False))
     jobs = [job for job in layout.jobs if job.weight.kind != "other"]
     planned = {module for job in jobs for module in job.modules}
-    jobs += whole_maps(find_stacks(student, list({job.stack for job in jobs})), layout)
+    named = {job.stack for job in jobs}
+    jobs += whole_maps((one for one in find_stacks(student, list(named)) if one.name in named), layout)
     first = Layout((), layout.gates, tables=layout.tables)
     values: dict[str, Tensor] = {}
     for made in solve(first, weights.__getitem__, Moments(), counts):
@@ -138,7 +139,7 @@ def solve_in_order(
             names, modules = (job.sources, job.modules) if at == 0 else ([job.names[at]], [job.modules[at]])
             exact = [weights[in_original(name)] for name in names]
             aims = [
-                _aim(student, original, module, in_original(module), weight, pairs[module])
+                _aim(student, original, module, in_original(module), weight, pairs[module], shared)
                 for module, weight in zip(modules, rows(job, exact), strict=False) if module in pairs
             ]  # fmt: skip
             steep = [known[in_original(m)] for m in modules if in_original(m) in known]
@@ -150,10 +151,9 @@ def solve_in_order(
                 made = refit(job, at, values, aims[0].weight, aims[0].gram, *steep)
             _put(student, job, values, made)
             for module, aim in zip(modules, aims, strict=False):
-                if (name := f"{module}.bias") in weights and name not in shared:
-                    values[name] = (aim.output - _rows(student, module).double() @ aim.seen).to(
-                        weights[name].dtype
-                    )
+                if in_original(name := f"{module}.bias") in weights and name not in shared:
+                    bias = aim.output - _rows(student, module).double() @ aim.seen
+                    values[name] = bias.to(student.get_parameter(name).dtype)
                     student.get_parameter(name).copy_(values[name])
     return values
 
@@ -193,9 +193,12 @@ def _replays(
     return again
 
 
-def _aim(student: nn.Module, original: nn.Module, module: str, old: str, weight: Tensor, pair: Paired) -> Aim:
-    """What ``module`` should be. ``weight`` (out, in): the original's; the gap is what the present one leaves."""
-    bias = getattr(original.get_submodule(old), "bias", None)
+def _aim(
+    student: nn.Module, original: nn.Module, module: str, old: str, weight: Tensor, pair: Paired, shared: set[str]
+) -> Aim:  # fmt: skip
+    """What ``module`` should be. ``weight`` (out, in): the original's; the gap is what the present one leaves. A bias
+    that is ``shared`` takes nothing up: the matrix alone has to."""
+    bias = None if f"{module}.bias" in shared else getattr(original.get_submodule(old), "bias", None)
     more = (_rows(student, module) - weight).float()
     shift, lift = pair.shift + more @ pair.gram, pair.lift + more @ pair.mean
     if bias is not None:

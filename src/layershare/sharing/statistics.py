@@ -54,9 +54,9 @@ def order_of_calls(
     runs = 0
 
     def see(name: str, rows: Tensor) -> None:
-        calls.append((name, rows))
         if name not in done:
             done.add(name)
+            calls.append((name, rows))
             steps.setdefault(id(rows), []).append(name)
 
     with evaluating(model):
