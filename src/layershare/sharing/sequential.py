@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from layershare.linear import kind_of
 from layershare.plan import Group
+from layershare.sharing.kv import install_kv
 from layershare.sharing.layout import Job, Layout
 from layershare.sharing.moments import Moments
 from layershare.sharing.pairs import Again, Paired, collect_pairs, readers_of_sums
@@ -107,6 +108,7 @@ def solve_in_order(
     for made in solve(first, weights.__getitem__, Moments(), counts):
         values |= made
     install(student, first)
+    install_kv(student, layout.lent)  # or maps would be fitted to keys and values that nobody computes
     fill(student, values)
     for job in layout.jobs:
         if job.weight.kind == "other":  # no map: nothing to fit
@@ -174,6 +176,8 @@ def _replays(
     student: nn.Module, original: nn.Module, layout: Layout, in_original: Callable[[str], str], batch: Batch
 ) -> Callable[[Sequence[Sequence[_Turn]]], Again | None]:
     """From the steps that are left to what the two models need not compute again; None where it cannot be done."""
+    if layout.lent:  # who lends has to compute
+        return lambda _: None
     stacks = list(dict.fromkeys(job.stack for job in layout.jobs))
     lengths = {stack: len(list(student.get_submodule(stack).children())) for stack in stacks}
     if not (replayable(student, stacks, batch) and replayable(original, stacks, batch)):
