@@ -9,6 +9,7 @@ import ast
 import copy
 import hashlib
 import random
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,27 +80,28 @@ class Decoder(Subject):
         model.eval()
         figures = {}
         for name, blocks in self.texts.items():
-            loss, said = 0.0, []
-            for some in blocks.split(2):
-                logits = model(input_ids=some, use_cache=False).logits[:, :-1].float()
-                said.append(logits.argmax(-1))
-                loss += float(
-                    torch.nn.functional.cross_entropy(
-                        logits.flatten(0, 1), some[:, 1:].flatten(), reduction="sum"
-                    )
-                )
-            figures[name] = float(torch.tensor(loss / blocks[:, 1:].numel()).exp())
+            losses, said = zip(*self._scored(model, blocks), strict=True)
+            figures[name] = float(torch.tensor(sum(losses) / blocks[:, 1:].numel()).exp())
             figures[f"{name}_agreement"] = self._agreement(name, blocks, torch.cat(said))
         return figures
 
     def _agreement(self, name: str, blocks: Tensor, said: Tensor) -> float:
-        """With the original, which is judged first: what it says is kept."""
+        """With the original: what it says is kept."""
         key = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:12]
         file = self.folder / "moments" / f"decoder-says-{name}-{key}.pt"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(said, file)
+            torch.save(torch.cat([one for _, one in self._scored(self.teacher, blocks)]), file)
         return float((said == torch.load(file, weights_only=True)).float().mean())
+
+    def _scored(self, model: Any, blocks: Tensor) -> Iterator[tuple[float, Tensor]]:
+        """Sum of the losses, and the likeliest tokens, of two blocks at a time."""
+        for some in blocks.split(2):
+            logits = model(input_ids=some, use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), some[:, 1:].flatten(), reduction="sum"
+            )
+            yield float(loss), logits.argmax(-1)
 
     def _descriptions(self, debian: Path, part: str) -> list[str]:
         found = [long for _, long in pairs(debian / "synopsis" / f"{part}.jsonl")]
