@@ -143,17 +143,18 @@ def tied(subject: Subject, budget: float) -> Made:
         fits = [
             plan
             for rank in range(LEAST_RANK, 8 * LEAST_RANK * stack.length)
-            if (plan := attempt(subject, unique, rank))
-            and layershare.predict(subject.stacks, plan).ratio <= budget
+            if (plan := attempt(subject, unique, rank, budget))
         ]
         if fits:
             return Made(layershare.share(subject.teacher, fits[-1]), fits[-1])
     raise SystemExit(f"nothing fits {budget}")
 
 
-def attempt(subject: Subject, unique: int, rank: int) -> SharingPlan | None:
+def attempt(subject: Subject, unique: int, rank: int, budget: float) -> SharingPlan | None:
+    """None where a matrix is too small for the rank, or it is over the budget."""
     try:
-        return layershare.make_plan(subject.teacher, "cycle", unique=unique, rank=rank)
+        plan = layershare.make_plan(subject.teacher, "cycle", unique=unique, rank=rank)
+        return plan if layershare.predict(subject.stacks, plan).ratio <= budget else None
     except layershare.LayershareError:
         return None
 
