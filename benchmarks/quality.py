@@ -97,7 +97,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
 
 def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
     """All rows of the table, those of earlier runs included."""
-    sides: dict[str, Any] = dict(SIDES)
+    sides: dict[str, Any] = {name: make for name, make in SIDES.items() if name not in subject.without}
     if options.official:
         from quality.official import authors_own
 

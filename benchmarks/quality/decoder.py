@@ -50,6 +50,7 @@ class Decoder(Subject):
     }
     basis_shares = ("self_attn.q_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight")
     adapted = r".*\.layers\.\d+\..*_proj"
+    without = ("PEFT layer_replication + LoRA",)  # more layers than the config has layer_types: IndexError
     length = BLOCK
     some = 2
 

@@ -31,6 +31,8 @@ class Subject:
     """The parts that Basis Sharing shares between two layers, in the published configuration nearest to this model."""
     adapted: str
     """The linear maps that get LoRA factors, as a regular expression."""
+    without: tuple[str, ...] = ()
+    """Sides that do not run on this model."""
     length: int
     """Tokens of a text."""
     some: int
