@@ -33,6 +33,7 @@ from quality.subject import Subject
 from quality.table import Row, section
 
 import layershare
+from layershare.cli.answer import values
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
@@ -172,8 +173,8 @@ def heal(subject: Any, made: Made, options: argparse.Namespace, seed: int) -> No
             "save_every": options.steps,
             "max_length": subject.length,
             "seed": seed,
-            **settings(options),
         }
+        | values(options.set, "--set")
     )
     distill(
         made.model, subject.teacher, subject.tokenizer, subject.task, subject.data, config, options.out / "healing",
@@ -186,11 +187,7 @@ def healing(options: argparse.Namespace) -> dict[str, Any]:
     if options.table != "healed":
         return {"steps": 0}
     said = {"steps": options.steps, "batch": options.batch_size, "rate": options.learning_rate}
-    return said | settings(options)
-
-
-def settings(options: argparse.Namespace) -> dict[str, str]:
-    return dict(one.split("=", 1) for one in options.set)
+    return said | dict(one.partition("=")[::2] for one in options.set)
 
 
 def commit() -> str:

@@ -101,6 +101,18 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def few_pairs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """40 sentence pairs with a score, read and split: few enough that healing does not judge by itself."""
+    from layershare.tasks import TASKS
+
+    words = "cat dog man woman bird sits runs plays".split()  # noqa: SIM905
+    rows = [f"{a} {b} on a mat,the {b} {a},{len(a)}" for a in words for b in words[:5]]
+    file = tmp_path_factory.mktemp("pairs") / "pairs.csv"
+    file.write_text("s1,s2,score\n" + "\n".join(rows) + "\n")
+    return TASKS["sentence-embedding"].read(file)
+
+
 def build(kind: str, *, seed: int = 0, **sizes: Any) -> Any:
     import torch
     import transformers

@@ -15,15 +15,6 @@ EMBEDDING = TASKS["sentence-embedding"]
 QUICK = DistillConfig(steps=20, batch_size=8, learning_rate=5e-3, max_length=16, local=0.5)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    words = "cat dog man woman bird sits runs plays".split()  # noqa: SIM905
-    rows = [f"{a} {b} on a mat,the {b} {a},{len(a)}" for a in words for b in words[:5]]
-    file = tmp_path_factory.mktemp("pairs") / "pairs.csv"
-    file.write_text("s1,s2,score\n" + "\n".join(rows) + "\n")
-    return EMBEDDING.read(file)
-
-
 def spoilt(model, layer):
     """``model`` with other weights in one layer of each of its parts."""
     torch.manual_seed(0)
@@ -89,24 +80,24 @@ def test_a_dropped_model_reads_what_its_layers_are_compared_with(tiny, batch_for
     torch.testing.assert_close(found[1], wanted[3])
 
 
-def test_the_phase_ends_and_both_bring_the_student_nearer(tiny, tokenizer, data, tmp_path, monkeypatch):
+def test_the_phase_ends_and_both_bring_the_student_nearer(tiny, tokenizer, few_pairs, tmp_path, monkeypatch):
     import layershare.heal.distill as module
 
     used = []
     monkeypatch.setattr(module, "by_itself", lambda *given: used.append(1) or by_itself(*given))
     teacher, student = tiny("bert"), spoilt(tiny("bert"), 1)
-    before = EMBEDDING.evaluate(student, tokenizer, data.test, teacher=teacher)["agreement"]
-    distill(student, teacher, tokenizer, EMBEDDING, data, QUICK, tmp_path, quiet=True)
+    before = EMBEDDING.evaluate(student, tokenizer, few_pairs.test, teacher=teacher)["agreement"]
+    distill(student, teacher, tokenizer, EMBEDDING, few_pairs, QUICK, tmp_path, quiet=True)
     assert len(used) == 10
-    assert EMBEDDING.evaluate(student, tokenizer, data.test, teacher=teacher)["agreement"] > before
+    assert EMBEDDING.evaluate(student, tokenizer, few_pairs.test, teacher=teacher)["agreement"] > before
 
 
-def test_what_cannot_be_local_is_refused(tiny, tokenizer, data, tmp_path):
+def test_what_cannot_be_local_is_refused(tiny, tokenizer, few_pairs, tmp_path):
     narrow = tiny("bert", hidden_size=8, num_hidden_layers=2, intermediate_size=16)
     weights = LossWeights(embedding=0, similarity=0)
     config = QUICK.model_copy(update={"weights": weights})
     with pytest.raises(OptionError, match="width 8 cannot read"):
-        distill(narrow, tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+        distill(narrow, tiny("bert"), tokenizer, EMBEDDING, few_pairs, config, tmp_path, quiet=True)
     config = QUICK.model_copy(update={"weights": LossWeights(hidden=0)})
     with pytest.raises(OptionError, match="compares hidden states"):
-        distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+        distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, few_pairs, config, tmp_path, quiet=True)

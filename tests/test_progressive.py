@@ -18,15 +18,6 @@ EMBEDDING = TASKS["sentence-embedding"]
 QUICK = DistillConfig(steps=20, batch_size=8, learning_rate=5e-3, max_length=16)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    words = "cat dog man woman bird sits runs plays".split()  # noqa: SIM905
-    rows = [f"{a} {b} on a mat,the {b} {a},{len(a)}" for a in words for b in words[:5]]
-    file = tmp_path_factory.mktemp("pairs") / "pairs.csv"
-    file.write_text("s1,s2,score\n" + "\n".join(rows) + "\n")
-    return EMBEDDING.read(file)
-
-
 def everywhere(student, teacher):
     count = [len(part) for part in layers_of(student)]
     pairs, ours, theirs = [], 0, 0
@@ -98,7 +89,7 @@ def test_the_teacher_leaves_in_a_straight_line_and_never_computes_alone():
 
 
 def test_the_phase_lasts_as_long_as_it_says_and_the_student_learns(
-    tiny, tokenizer, data, tmp_path, monkeypatch
+    tiny, tokenizer, few_pairs, tmp_path, monkeypatch
 ):
     import layershare.heal.distill as module
 
@@ -110,15 +101,15 @@ def test_the_phase_lasts_as_long_as_it_says_and_the_student_learns(
     with torch.no_grad():
         for parameter in student.encoder.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    before = EMBEDDING.evaluate(student, tokenizer, data.test, teacher=teacher)["agreement"]
+    before = EMBEDDING.evaluate(student, tokenizer, few_pairs.test, teacher=teacher)["agreement"]
     config = QUICK.model_copy(update={"local": 0.2, "progressive": 0.5})
-    distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    distill(student, teacher, tokenizer, EMBEDDING, few_pairs, config, tmp_path, quiet=True)
     assert len(used) == 10
     assert sum(used[:5]) > sum(used[5:])
-    assert EMBEDDING.evaluate(student, tokenizer, data.test, teacher=teacher)["agreement"] > before
+    assert EMBEDDING.evaluate(student, tokenizer, few_pairs.test, teacher=teacher)["agreement"] > before
 
 
-def test_what_has_no_place_is_refused(tiny, tokenizer, data, tmp_path):
+def test_what_has_no_place_is_refused(tiny, tokenizer, few_pairs, tmp_path):
     narrow = tiny("bert", hidden_size=8, num_hidden_layers=2, intermediate_size=16)
     with pytest.raises(OptionError, match="width 16 cannot stand in"):
         parts_in_place(narrow, tiny("bert"), matching_layers(2, 4))
@@ -128,7 +119,7 @@ def test_what_has_no_place_is_refused(tiny, tokenizer, data, tmp_path):
         parts_in_place(tiny("bert"), tiny("bert"), [(0, 0), (1, 2), (2, 1), (3, 3)])
     config = QUICK.model_copy(update={"layer_map": ((0, 3),), "progressive": 0.5})
     with pytest.raises(OptionError, match="Pair every layer"):
-        distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+        distill(tiny("bert"), tiny("bert"), tokenizer, EMBEDDING, few_pairs, config, tmp_path, quiet=True)
 
 
 def test_a_teacher_that_would_compute_something_else_is_refused(tiny):
@@ -158,11 +149,11 @@ def test_a_forward_that_another_tool_put_there_comes_back(tiny):
     assert "forward" not in student.encoder.layer[1].__dict__
 
 
-def test_relations_are_compared_in_a_layer_that_stays(tiny, tokenizer, data, tmp_path):
+def test_relations_are_compared_in_a_layer_that_stays(tiny, tokenizer, few_pairs, tmp_path):
     teacher = tiny("bert")
     student = share(teacher, make_plan(teacher, "cycle", unique=2, rank=2))
     config = QUICK.model_copy(update={"progressive": 1.0, "weights": LossWeights(relation=1.0)})
-    history = distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    history = distill(student, teacher, tokenizer, EMBEDDING, few_pairs, config, tmp_path, quiet=True)
     assert history
 
 
@@ -180,7 +171,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_deltas_alone_are_trained_and_all_else_stays_to_the_bit(name, tiny, tokenizer, data, tmp_path):
+def test_deltas_alone_are_trained_and_all_else_stays_to_the_bit(name, tiny, tokenizer, few_pairs, tmp_path):
     asked, leaves = OWN[name]
     teacher = tiny("bert")
     student = share(teacher, make_plan(teacher, **asked))
@@ -189,15 +180,15 @@ def test_deltas_alone_are_trained_and_all_else_stays_to_the_bit(name, tiny, toke
     } == leaves
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     config = QUICK.model_copy(update={"trained": "deltas", "keep": "last"})
-    distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+    distill(student, teacher, tokenizer, EMBEDDING, few_pairs, config, tmp_path, quiet=True)
     moved = {n.rpartition(".")[2] for n, p in student.named_parameters() if not torch.equal(p, before[n])}
     assert moved == leaves
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_a_student_without_deltas_says_so(tiny, tokenizer, data, tmp_path):
+def test_a_student_without_deltas_says_so(tiny, tokenizer, few_pairs, tmp_path):
     teacher = tiny("bert")
     student = share(teacher, make_plan(teacher, "all"))
     config = QUICK.model_copy(update={"trained": "deltas"})
     with pytest.raises(OptionError, match="no position has a correction"):
-        distill(student, teacher, tokenizer, EMBEDDING, data, config, tmp_path, quiet=True)
+        distill(student, teacher, tokenizer, EMBEDDING, few_pairs, config, tmp_path, quiet=True)

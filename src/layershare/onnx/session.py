@@ -11,7 +11,7 @@ from layershare.errors import DependencyError, StoreError
 SLOW = ["SkipLayerNormFusion"]
 """Optimisers of ONNX Runtime that are left out: on the CPU its fused operator takes longer than its parts."""
 
-# Since 1.32 onnxruntime reports its use to Microsoft and keeps an id of the machine, unless told before it is loaded.
+# onnxruntime 1.32 keeps an id of the machine and reports its use, unless told otherwise before it is loaded.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
