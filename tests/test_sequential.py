@@ -132,6 +132,37 @@ def test_order_of_calls_puts_together_what_sees_one_tensor(tiny, batch_for):
     ]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_moments_are_plain_sums_and_spare_the_output_layer(kind, tiny, batch_for):
+    """All maps of the model, those that see one tensor and those behind the output layer, if it is asked for itself."""
+    model, batches = tiny(kind), texts(batch_for, kind, 3)
+    maps = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    wanted = dict.fromkeys(maps, 0)
+    calls = []
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: wanted.__setitem__(name, wanted[name] + _gram(args[0]))
+        )
+        for name in maps
+    ]
+    for batch in batches:
+        output(model, batch)
+    for hook in hooks:
+        hook.remove()
+    model.get_submodule(head).register_forward_hook(lambda *_: calls.append(1))
+    found = collect(model, [name for name in maps if name != head], batches)
+    assert len(calls) == 1
+    found |= collect(model, [head], batches)
+    for name in maps:
+        torch.testing.assert_close(found[name], wanted[name] / sum(b["input_ids"].numel() for b in batches))
+
+
+def _gram(given):
+    rows = given.flatten(0, -2)
+    return rows.T @ rows
+
+
 def test_a_module_that_is_never_called_is_an_error(tiny, batch_for):
     model = tiny("bert")
     model.add_module("idle", torch.nn.Linear(2, 2))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layershare.sharing.padding import padding_of, rows_of
-from layershare.sharing.statistics import Batch, evaluating, refuse_unseen, to_device
+from layershare.sharing.statistics import Batch, Enough, evaluating, refuse_unseen, to_device
 
 # How exactly a sum must follow what is added to one of its terms; bf16 rounds it to about 1 %.
 EXACT = 0.05
@@ -137,10 +137,6 @@ def _first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
 
 
-class _Enough(Exception):  # noqa: N818 - no error: ends a forward pass of which the rest is not needed
-    pass
-
-
 def _run(
     model: nn.Module, modules: Sequence[str], readers: Sequence[str], batch: Batch
 ) -> dict[tuple[str, int], Tensor]:
@@ -156,7 +152,7 @@ def _run(
     def done(name: str) -> None:
         left.discard(name)
         if not left:
-            raise _Enough
+            raise Enough
 
     with ExitStack() as hooks:
         for name in {*modules, *readers}:
@@ -175,6 +171,6 @@ def _run(
             hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             if name in modules:
                 hooks.callback(module.register_forward_hook(after).remove)
-        hooks.enter_context(suppress(_Enough))
+        hooks.enter_context(suppress(Enough))
         model(**batch)
     return rows

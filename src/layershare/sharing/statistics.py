@@ -1,14 +1,15 @@
 """Second moments of activations: what a linear map sees, measured on a few hundred calibration texts."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from layershare.errors import DataError
-from layershare.sharing.padding import padding_of, rows_of
+from layershare.sharing.padding import Mask, padding_of, rows_of
 
 Grams = dict[str, Tensor]
 Batch = Mapping[str, Any]
@@ -25,16 +26,24 @@ def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) 
     sums: Grams = {}
     seen: dict[str, int] = {}
     runs = 0
-
-    def see(name: str, rows: Tensor) -> None:
-        rows = rows.float()
-        sums[name] = sums[name] + rows.T @ rows if name in sums else rows.T @ rows
-        seen[name] = seen.get(name, 0) + len(rows)
-
+    end: nn.Module | None = None
     with evaluating(model):
         for batch in batches:
             runs += 1
-            _run(model, modules, batch, see)
+            batch = to_device(model, batch)
+            mask = padding_of(model, batch)
+            latest: list[tuple[Tensor, int, Tensor, int]] = []
+
+            def see(name: str, given: Tensor, mask: Mask = mask, latest: list = latest) -> None:
+                # Queries, keys and values see one tensor.
+                if not latest or latest[0][0] is not given or latest[0][1] != given._version:
+                    rows = rows_of(given, mask).float()
+                    latest[:] = [(given, given._version, rows.T @ rows, len(rows))]
+                *_, gram, count = latest[0]
+                sums[name] = sums[name] + gram if name in sums else gram
+                seen[name] = seen.get(name, 0) + count
+
+            end = _run(model, modules, batch, see, end)
     refuse_unseen(modules, seen, runs)
     return {name: total / seen[name] for name, total in sums.items()}
 
@@ -62,7 +71,7 @@ def order_of_calls(
     with evaluating(model):
         for batch in batches:
             runs += 1
-            _run(model, list(modules), batch, see, raw=True)
+            _run(model, modules, to_device(model, batch), see)
             if done >= set(modules):
                 break
     refuse_unseen([name for name in modules if name in needed], dict.fromkeys(done, 1), runs)
@@ -70,22 +79,40 @@ def order_of_calls(
 
 
 def _run(
-    model: nn.Module, modules: Sequence[str], batch: Batch, see: Callable[[str, Tensor], None], *, raw: bool = False
-) -> None:  # fmt: skip
-    """Run ``model`` and let ``see`` see the name and the unmasked input rows (``raw``: the input) of each module."""
-    batch = to_device(model, batch)
-    mask = padding_of(model, batch)
+    model: nn.Module, modules: Sequence[str], batch: Batch, see: Callable[[str, Tensor], None],
+    end: nn.Module | None = None,
+) -> nn.Module | None:  # fmt: skip
+    """Run ``model``, as far as ``end`` if given, and let ``see`` see the name and the input of each module.
+
+    Returns where the next run may end: at the output layer, the costliest of a model with a large vocabulary, if no
+    module was called behind it."""
+    order: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple) -> None:
-            see(name, args[0] if raw else rows_of(args[0], mask))
+            order.append(name)
+            see(name, args[0])
 
         return hook
 
+    def stop(_: nn.Module, __: tuple) -> None:
+        order.append("")
+        if end is not None:
+            raise Enough
+
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     with ExitStack() as hooks:
         for name in modules:
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
+        if output is not None:
+            hooks.callback(output.register_forward_pre_hook(stop).remove)
+        hooks.enter_context(suppress(Enough))
         model(**batch)
+    return output if order.count("") == 1 and order[-1] == "" else None
+
+
+class Enough(Exception):  # noqa: N818 - no error
+    """Ends a forward pass of which the rest is not needed."""
 
 
 def to_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
