@@ -85,7 +85,7 @@ def share_folder(
             batches = sample_batches(kind, processor, found, original.config, texts=texts)
         known = None
         if batches is not None and scheme in MEASURED:
-            made, known = searched(original, kind, batches, **options)
+            made, known = searched(original, kind, batches, fit, **options)
         else:
             made = plan_for(find_stacks(original), plan, **options)
         if stream:
@@ -110,12 +110,19 @@ def share_folder(
 
 
 def searched(
-    model: Any, kind: Task, batches: list[dict[str, Any]], *, preset: str, **options: Any
-) -> tuple[SharingPlan, Moments]:
-    """The plan of a preset that is read off the activations of ``batches``, and their moments."""
+    model: Any, kind: Task, batches: list[dict[str, Any]], fit: Fit, *, preset: str, **options: Any
+) -> tuple[SharingPlan, Moments | None]:
+    """The plan of a preset that is read off the activations of ``batches``, and their moments if it asked for them."""
     stacks, budget = budget_of(find_stacks(model), preset=preset, **options)
-    known = measure(model, batches, answer=answer_of(kind))
-    plan = SEARCHED[preset](model, stacks, budget, output_change(kind, model, batches), lambda: known)
+    known: Moments | None = None
+
+    def measured() -> Moments:
+        nonlocal known
+        slopes = preset == "auto" or fit != "inputs"
+        known = measure(model, batches, answer=answer_of(kind), slopes=slopes)
+        return known
+
+    plan = SEARCHED[preset](model, stacks, budget, output_change(kind, model, batches), measured)
     return plan, known
 
 

@@ -19,18 +19,19 @@ class Moments(NamedTuple):
 
 def measure(
     model: Any, batches: Iterable[Batch], *, modules: Sequence[str] | None = None,
-    answer: Answer | None = None, seed: int = 0,
+    answer: Answer | None = None, slopes: bool = True, seed: int = 0,
 ) -> Moments:  # fmt: skip
     """Both moments of ``modules`` (default: every linear map in the model's stacks) on the same ``batches``.
 
-    ``answer``, ``seed``: see :func:`~layershare.sharing.sensitivity.sensitivities`.
+    ``slopes=False`` leaves those of the answer out, which cost a backward pass. ``answer``, ``seed``: see
+    :func:`~layershare.sharing.sensitivity.sensitivities`.
     Raises DataError if the batches do not use a module.
     """
     batches = list(batches)
     if modules is None:
         modules = linear_maps(model)
-    slopes = sensitivities(model, modules, batches, answer=answer, seed=seed)
-    return Moments(collect(model, modules, batches), slopes)
+    steep = sensitivities(model, modules, batches, answer=answer, seed=seed) if slopes else {}
+    return Moments(collect(model, modules, batches), steep)
 
 
 def linear_maps(model: Any) -> list[str]:
