@@ -47,13 +47,30 @@ def test_the_change_of_logits_is_their_divergence(tiny, monkeypatch, limit):
     with torch.no_grad():
         p, q = (one(**whole).logits.softmax(-1) for one in (model, other))
     assert change(model) == pytest.approx(0, abs=1e-6)
-    assert change(other) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    assert change(other) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
 
 
 def test_of_many_logits_evenly_spread_tokens_are_compared(tiny, monkeypatch):
     model, other, whole = tiny("llama"), tiny("llama", seed=1), batch()
     monkeypatch.setattr(answers, "KEPT", 35 * model.config.vocab_size // 5)
+    monkeypatch.setattr(answers, "SPARED", 5)
     change = answers.output_change(get_task("causal-lm"), model, [whole])
     with torch.no_grad():
         p, q = (one(**whole).logits.softmax(-1).flatten(0, 1)[::5] for one in (model, other))
-    assert change(other) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    assert change(other) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+
+
+def test_texts_that_would_give_few_answers_are_not_run(tiny, monkeypatch):
+    """Room for the logits of two texts, of which every second token is compared: every second text is run."""
+    model, other, whole = tiny("llama"), tiny("llama", seed=1), batch(texts=9)
+    alone = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(9)]
+    monkeypatch.setattr(answers, "KEPT", 2 * 7 * model.config.vocab_size)
+    monkeypatch.setattr(answers, "SPARED", 2)
+    change = answers.output_change(get_task("causal-lm"), model, alone)
+    runs = []
+    other.register_forward_pre_hook(lambda *_: runs.append(1))
+    found = change(other)
+    assert len(runs) == 5
+    with torch.no_grad():
+        p, q = (one(**whole).logits.softmax(-1)[::2, ::2] for one in (model, other))
+    assert found == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)

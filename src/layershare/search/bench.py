@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,22 +16,25 @@ from layershare.sharing.moments import Moments
 from layershare.sharing.search import Change
 from layershare.sharing.tie import fill
 from layershare.tasks import Data, Task
-from layershare.tasks.answers import answer_of, output_change
+from layershare.tasks.answers import output_change
 from layershare.tasks.calibration import sample_batches
 
 
 class Bench:
     """One model, what is known of it, and the measure.
 
-    change: how far another model's answers are from those of ``model``, summed over ``answers`` of them. batches: what
-    the factors of an embedding table are weighted by.
+    change: how far another model's answers are from those of ``model``, in the mean. batches: what the factors of an
+    embedding table are weighted by.
     """
 
     def __init__(
-        self, model: PreTrainedModel, moments: Moments, change: Change, answers: int,
+        self,
+        model: PreTrainedModel,
+        moments: Moments,
+        change: Change,
         batches: Sequence[Mapping[str, Any]] = (),
-    ) -> None:  # fmt: skip
-        self.model, self.moments, self.answers, self.batches = model, moments, answers, batches
+    ) -> None:
+        self.model, self.moments, self.batches = model, moments, batches
         self._change = change
         self.fitted = Fitted(model, moments)
         self._counts: dict[str, Tensor] = {}
@@ -53,7 +55,7 @@ class Bench:
 
     def change(self, model: PreTrainedModel) -> float:
         """The mean change of an answer, to six digits: what several threads add up differs behind them."""
-        moved = self._change(model) / self.answers
+        moved = self._change(model)
         return float(f"{moved:.6g}") if math.isfinite(moved) else math.inf
 
     def __call__(self, plan: SharingPlan) -> float:
@@ -68,7 +70,4 @@ def bench_of(
     fit = judged = sample_batches(kind, tokenizer, data, model.config)
     if data.validation is not None and len(data.validation):
         judged = sample_batches(kind, tokenizer, replace(data, train=data.validation), model.config)
-    answer = answer_of(kind)
-    with torch.no_grad():
-        answers = sum(answer(model, batch)[0].shape[:-1].numel() for batch in judged)
-    return Bench(model, moments(fit), output_change(kind, model, judged), answers, fit)
+    return Bench(model, moments(fit), output_change(kind, model, judged), fit)

@@ -18,18 +18,18 @@ def pieces(model: nn.Module, batch: Batch) -> Iterator[Batch]:
     """
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     texts = {len(value) if value.ndim else 0 for value in inputs.values()}
-    width = _tokens_out(model) * max(
-        (value.shape[1] for value in inputs.values() if value.ndim > 1), default=1
-    )
-    if len(texts) != 1 or not width or (size := max(1, LOGITS // width)) >= max(texts):
+    if len(texts) != 1 or (given := logits_of(model, batch)) <= LOGITS or (count := max(texts)) < 2:
         yield batch
         return
-    for start in range(0, max(texts), size):
+    size = max(1, LOGITS * count // given)
+    for start in range(0, count, size):
         yield {**batch, **{name: value[start : start + size] for name, value in inputs.items()}}
 
 
-def _tokens_out(model: nn.Module) -> int:
-    """The size of the vocabulary that the model's logits are over; 0 where there are none."""
+def logits_of(model: nn.Module, batch: Batch) -> int:
+    """How many numbers the logits of ``batch`` are, about; 0 where they are not over a vocabulary."""
+    shapes = [value.shape for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    texts, tokens = (max((shape[i] for shape in shapes if len(shape) > i), default=1) for i in (0, 1))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
-    return len(weight) if isinstance(weight, Tensor) else 0
+    return texts * tokens * len(weight) if isinstance(weight, Tensor) else 0

@@ -3,24 +3,27 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from layershare.sharing.pieces import pieces
+from layershare.sharing.pieces import logits_of, pieces
 from layershare.sharing.sensitivity import Answer
 from layershare.tasks.task import Outputs, Task
 
 KEPT = 1 << 26
 """At most about so many logits of the original are kept to compare with (256 MB)."""
+SPARED = 4
+"""At least about one token of so many is compared: fewer texts are run where ``KEPT`` leaves fewer of each."""
 
 
 def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Callable[[Any], float]:
-    """A function that says how far another model's answers are from those that ``model`` gives now.
+    """A function that says how far another model's answers are from those that ``model`` gives now, in the mean.
 
-    Of embeddings it is the sum of 1 - cosine, of logits that of the KL divergences. Logits over a vocabulary are kept
-    for evenly spread tokens only, ``KEPT`` numbers in all.
+    Of embeddings it is 1 - cosine, of logits the KL divergence. Logits over a vocabulary are kept for evenly spread
+    tokens only, ``KEPT`` numbers in all, of evenly spread texts if ``batches`` have more than ``SPARED`` times as many.
     """
     from torch import Tensor, no_grad
     from torch.nn.functional import cosine_similarity, kl_div
 
     cut = [piece for batch in batches for piece in pieces(model, batch)]
+    cut = cut[:: max(1, sum(logits_of(model, piece) for piece in cut) // (SPARED * KEPT))]
     steps: dict[int, int] = {}
 
     @no_grad()
@@ -37,15 +40,15 @@ def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Call
     before = list(answers(model))
 
     def change(other: Any) -> float:
-        total = 0.0
+        total, count = 0.0, 0
         for (now, logits), (then, _) in zip(answers(other), before, strict=True):
             moved = (
                 kl_div(now, then, log_target=True, reduction="sum")
                 if logits
                 else (1 - cosine_similarity(now, then, dim=-1)).sum()
             )
-            total += float(moved)
-        return total
+            total, count = total + float(moved), count + now.shape[:-1].numel()
+        return total / count
 
     return change
 
