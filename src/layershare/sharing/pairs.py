@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from layershare.sharing.padding import padding_of, rows_of
 from layershare.sharing.statistics import Batch, Enough, evaluating, refuse_unseen, to_device
@@ -80,45 +81,80 @@ def readers_of_sums(model: nn.Module, modules: Sequence[str], batch: Batch) -> d
     """For each of ``modules`` whose output is added to a residual stream, the module that reads the sum first.
 
     Found by trying, not by names: something is added to the output, and the first tensor that any later module reads
-    and that moves by exactly this is the sum. Modules without one are left out.
+    and that moves by exactly this is the sum. Modules without one are left out. A stream is as wide as what a block
+    around the module reads; it is looked for up to the second layer behind, and not in the output layer.
     """
     batch = {
-        k: value[:2] if isinstance(value, Tensor) and value.ndim else value for k, value in batch.items()
+        k: value[:1] if isinstance(value, Tensor) and value.ndim else value for k, value in batch.items()
     }
     outputs: dict[str, Tensor] = {}
     found: dict[str, str] = {}
+    before: list[tuple[str, Tensor]] = []
+
+    def note(name: str, given: Tensor) -> None:
+        before.append((name, given))
+
     with evaluating(model):
-        before = _read(model, batch, outputs, {})
+        _reading(model, batch, note, outputs, {})
+        shapes: dict[str, set[torch.Size]] = {}
+        for name, given in before:
+            shapes.setdefault(name, set()).add(given.shape)
         for name in modules:
             if name not in outputs:
                 continue
-            out = outputs[name]
+            out, end = outputs[name], _end(model, name, before)
+            if not any(out.shape in shapes.get(block, ()) for block in _around(name)):
+                continue
             noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
             noise = noise * out.float().square().mean().sqrt().clamp_min(1e-6).to(out)
-            after = _read(model, batch, {}, {name: noise})
-            for (reader, old), (_, new) in zip(before, after, strict=False):
-                if not old.shape == new.shape == out.shape or torch.equal(
-                    old, out
-                ):  # experts get other tokens
-                    continue
-                rest = (new.float() - old.float() - noise.float()).square().mean()
-                if rest.sqrt() < EXACT * noise.float().square().mean().sqrt():
-                    found[name] = reader
-                    break
+            calls = iter(before[:end])
+
+            def compare(
+                reader: str, new: Tensor, name: str = name, noise: Tensor = noise, calls: Any = calls
+            ) -> None:
+                was, old = next(calls, ("", new))
+                if was != reader:  # the end, or experts whom the noise has called
+                    raise Enough
+                if old.shape == new.shape == noise.shape and not torch.equal(old, outputs[name]):
+                    rest = (new.float() - old.float() - noise.float()).square().mean()
+                    if rest.sqrt() < EXACT * noise.float().square().mean().sqrt():
+                        found[name] = reader
+                        raise Enough
+
+            _reading(model, batch, compare, {}, {name: noise})
     return found
 
 
-def _read(
-    model: nn.Module, batch: Batch, outputs: dict[str, Tensor], noise: Mapping[str, Tensor]
-) -> list[tuple[str, Tensor]]:
-    """What each module reads, in the order of the calls, with ``noise`` added to outputs. Fills ``outputs``."""
-    read: list[tuple[str, Tensor]] = []
+def _around(name: str) -> Iterable[str]:
+    """The modules that have ``name`` in them, the whole model left out."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _end(model: nn.Module, name: str, calls: Sequence[tuple[str, Tensor]]) -> int:
+    """Which of ``calls`` is beyond the layer that follows the one with ``name`` in it."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    beyond = {other for other, module in model.named_modules() if module is output}
+    for block in _around(name):
+        if isinstance(model.get_submodule(block), nn.ModuleList):
+            beyond.add(f"{block}.{int(name[len(block) + 1 :].partition('.')[0]) + 2}")
+            break
+    own = next(number for number, (caller, _) in enumerate(calls) if caller == name)
+    return next((n for n, (caller, _) in enumerate(calls) if n > own and caller in beyond), len(calls))
+
+
+def _reading(
+    model: nn.Module, batch: Batch, see: Callable[[str, Tensor], None], outputs: dict[str, Tensor],
+    noise: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Let ``see`` see what each module reads, in the order of the calls, until it has ``Enough``; ``noise`` is added
+    to outputs. Fills ``outputs``."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
 
             def before(_: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
                 if (given := _first(args, kwargs)) is not None:
-                    read.append((name, given))
+                    see(name, given)
 
             def after(_: nn.Module, __: tuple, output: Any, name: str = name) -> Any:
                 if not isinstance(output, Tensor):
@@ -129,8 +165,8 @@ def _read(
             if name:
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(after).remove)
+        hooks.enter_context(suppress(Enough))
         model(**to_device(model, batch))
-    return read
 
 
 def _first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
