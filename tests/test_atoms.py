@@ -67,7 +67,7 @@ def test_as_many_atoms_as_matrices_are_exact(count):
 
 def test_a_mix_for_given_atoms_is_the_least_squares():
     weight, atoms, seen = drawn(*SHAPE, seed=1), drawn(3, *SHAPE, seed=2), gram(8, 3)
-    half = lowrank.root(seen)[0]
+    half = lowrank.root(seen)
     columns = torch.stack([(atom @ half).flatten() for atom in atoms], dim=1)
     exact = torch.linalg.lstsq(columns, (weight @ half).flatten()[:, None]).solution[:, 0]
     torch.testing.assert_close(lowrank.fit_mix(weight, atoms, seen), exact, rtol=1e-4, atol=1e-6)

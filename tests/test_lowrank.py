@@ -36,16 +36,19 @@ def error(weight: torch.Tensor, made: torch.Tensor, gram: torch.Tensor) -> float
     return torch.einsum("oi,ij,oj->", rest, gram, rest).item()
 
 
-def test_root_is_a_root_and_its_inverse():
+def test_root_is_a_root():
     gram = gram_of(6, 0)
-    half, inverse = root(gram)
-    torch.testing.assert_close(half @ half, gram)
-    torch.testing.assert_close(half @ inverse, torch.eye(6, dtype=torch.float64))
+    half = root(gram)
+    torch.testing.assert_close(half @ half.T, gram, rtol=1e-4, atol=1e-4)
+    assert torch.equal(half, half.tril())
 
 
-@pytest.mark.parametrize("gram", [torch.zeros(4, 4), torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))])
-def test_root_without_activations_is_finite(gram):
-    assert all(part.isfinite().all() for part in root(gram))
+@pytest.mark.parametrize("last", [0.0, -1e-5])  # nobody goes there; single precision says less than nobody
+def test_root_is_regular_where_there_are_no_activations(last):
+    for gram in (torch.zeros(4, 4), torch.diag(torch.tensor([1.0, 1.0, 0.0, last]))):
+        half = root(gram)
+        assert half.isfinite().all()
+        assert half.diagonal().min() > 0
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -90,7 +93,7 @@ def test_factors_are_balanced_whatever_the_scale_of_the_inputs(scale):
 def test_a_residual_of_zero_leaves_one_factor_that_can_learn():
     up, down = truncate(torch.zeros(7, 6), 3, gram_of(6, 0))
     assert float(up.abs().max()) == 0
-    assert float(down.abs().min(dim=1).values.max()) > 0
+    assert float(down.abs().max(dim=1).values.min()) > 0
 
 
 @pytest.mark.parametrize("seen", [False, True])

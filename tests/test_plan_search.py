@@ -116,8 +116,8 @@ def test_the_energies_of_one_matrix_are_its_singular_values_in_the_metric_of_the
     group = Group(positions=(1,), parts=(weight.name,), method="basis", rank=1)
     found = Fitted(made.model, made.moments).energies(Job(stack.name, group, weight, (1,)))
     name = f"{stack.name}.1.{weight.name}"
-    (before, _), (after, _) = (root(kind[name.rpartition(".")[0]]) for kind in made.moments)
-    exact = torch.linalg.svdvals(after @ made.model.get_parameter(name).double() @ before).square()
+    before, after = (root(kind[name.rpartition(".")[0]]) for kind in made.moments)
+    exact = torch.linalg.svdvals(after.T @ made.model.get_parameter(name).double() @ before).square()
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4 * exact.max().item())
 
 

@@ -61,9 +61,9 @@ def test_of_logits_they_are_the_fisher_information():
 
 def test_the_energy_left_is_the_change_of_the_answer():
     model, data = Chain(), batches()
-    before = root(collect_x(model, data), 0)[0]
+    before = root(collect_x(model, data), 0)
     slopes = sensitivities(model, ["first"], data, answer=vectors, probes=8)["first"]
-    after = root(slopes, 0)[0]
+    after = root(slopes, 0).T
     u, s, v = torch.linalg.svd(after @ model.first.weight.detach().double() @ before, full_matrices=False)
     cut = torch.linalg.inv(after) @ (u[:, :2] * s[:2]) @ v[:2] @ torch.linalg.inv(before)
     with torch.no_grad():

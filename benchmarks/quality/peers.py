@@ -66,7 +66,7 @@ def dropped(subject: Subject, stack: Stack, layers: int) -> Made:
 def svd(subject: Subject, budget: float) -> Made:
     """SVD-LLM (Wang et al., 2024, 2403.07378): whitened, truncation-aware, every matrix at one ratio, no fine-tuning.
 
-    Any S with S S^T = E[x x^T] gives the same product of the best rank; the Cholesky factor there, the root here.
+    Any S with S S^T = E[x x^T] gives the same product of the best rank; the Cholesky factor there and here.
     """
     plan = densest(subject, budget, lambda stack, density: ranked(stack, density, ()))
     return Made(layershare.share(subject.teacher, plan, calibration=Moments(subject.inputs)), plan)

@@ -17,7 +17,7 @@ from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.allocate import Spectrum, allocate
 from layershare.sharing.gate import add_gate, remove_gate
-from layershare.sharing.lowrank import root
+from layershare.sharing.lowrank import root, unwhitened
 from layershare.sharing.make import drop_to, spread
 from layershare.sharing.moments import Moments
 from layershare.sharing.price import predict
@@ -99,10 +99,11 @@ def decompose(
 def _piece(model: PreTrainedModel, name: str, weight: Weight, moments: Moments) -> Piece:
     found = model.get_parameter(name)
     dense = (found.T if weight.kind == "conv1d" else found).double()
-    (before, out), (after, back) = (root(kind[name.rpartition(".")[0]]) for kind in moments)
-    u, s, vh = torch.linalg.svd(after @ dense @ before, full_matrices=False)
+    before, after = (root(kind[name.rpartition(".")[0]]) for kind in moments)
+    u, s, vh = torch.linalg.svd(after.T @ dense @ before, full_matrices=False)
     spectrum = Spectrum(s.square().cpu(), sum(weight.shape), weight.size)
-    return Piece(spectrum, (back @ (u * s)).to(found.dtype), (vh @ out).to(found.dtype))
+    up = torch.linalg.solve_triangular(after.T, u * s, upper=True)
+    return Piece(spectrum, up.to(found.dtype), unwhitened(vh, before).to(found.dtype))
 
 
 @contextmanager
