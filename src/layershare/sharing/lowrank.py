@@ -15,18 +15,17 @@ Factors = tuple[Tensor, Tensor]
 
 
 def root(gram: Tensor, ridge: float = 1e-6) -> Tensor:
-    """S (in, in), lower triangular, with S S^T = G (Cholesky). ``ridge`` damps directions without activations, in units
-    of the largest sum of a row, which no eigenvalue exceeds.
+    """S (in, in), lower triangular, with S S^T = G (Cholesky), each feature's own share of G raised by ``ridge``: what
+    is rare beside what is frequent stays what it is, and sums in single precision become positive.
 
     Any other root gives the same factors; that of the eigenvalues takes some fifteen times as long."""
     gram = gram.double()
-    size = gram.abs().sum(1).max().clamp_min(torch.finfo(torch.float32).tiny)
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    own = gram.diagonal().clamp_min(1e-6 * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
     while True:
-        half, failed = torch.linalg.cholesky_ex(gram + ridge * size * eye)
+        half, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge * own))
         if not failed or not gram.isfinite().all():
             return half
-        ridge = max(10 * ridge, 1e-12)  # negative eigenvalues, from sums in single precision
+        ridge = max(10 * ridge, 1e-12)
 
 
 def truncate(weight: Tensor, rank: int, gram: Tensor | None = None, slope: Tensor | None = None) -> Factors:
