@@ -5,11 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import HubertConfig, HubertForCTC, Wav2Vec2Config, Wav2Vec2ForCTC, WhisperConfig
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    OPTConfig,
+    OPTForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+)  # fmt: skip
 from transformers import WhisperForConditionalGeneration as Whisper
 
 from layershare.prune.importance import matching_loss, of_inputs, of_positions
 from layershare.sharing.padding import frames_of, padding_of
+from layershare.sharing.pairs import collect_pairs, readers_of_sums
 from layershare.sharing.statistics import collect
 
 SIZE: dict[str, Any] = dict(
@@ -18,7 +27,7 @@ SIZE: dict[str, Any] = dict(
     do_stable_layer_norm=True, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
     layerdrop=0.0, vocab_size=9,
 )  # fmt: skip
-FAMILIES = ["wav2vec2", "hubert", "t5"]
+FAMILIES = ["wav2vec2", "hubert", "t5", "opt"]
 Batch = dict[str, torch.Tensor]
 
 
@@ -39,6 +48,8 @@ def case(request, tiny) -> tuple[Any, Batch, list[Batch], list[str], list[str]]:
         maps = ["encoder.block.1.layer.1.DenseReluDense.wi", "decoder.block.1.layer.0.SelfAttention.q"]
         layers = ["encoder.block.1", "decoder.block.1"]
         return tiny("t5"), _padded(alone, fill), alone, maps, layers
+    if request.param == "opt":
+        return in_one_row()
     model: Any = {
         "wav2vec2": lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**SIZE)),
         "hubert": lambda: HubertForCTC(HubertConfig(**SIZE)),
@@ -52,6 +63,19 @@ def case(request, tiny) -> tuple[Any, Batch, list[Batch], list[str], list[str]]:
     ]
     layers = [f"{base}.encoder.layers.{i}" for i in (0, 1)]
     return model.eval(), _padded(alone, {"input_values": 0.0, "attention_mask": 0}), alone, maps, layers
+
+
+def in_one_row() -> tuple[OPTForCausalLM, Batch, list[Batch], list[str], list[str]]:
+    """A case of a model that puts the tokens of all texts in one row before its feed-forward maps."""
+    sizes = dict(
+        hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = OPTForCausalLM(OPTConfig(**sizes, vocab_size=24, max_position_embeddings=32)).eval()
+    texts = [torch.randint(5, 20, (1, n)) for n in (9, 5)]
+    alone = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
+    layers = ["model.decoder.layers.0", "model.decoder.layers.1"]
+    maps = [f"{layers[0]}.self_attn.q_proj", f"{layers[1]}.fc1", f"{layers[1]}.fc2"]
+    return model, _padded(alone, {"input_ids": 1, "attention_mask": 0}), alone, maps, layers
 
 
 def _padded(rows: list[Batch], fill: dict[str, float]) -> Batch:
@@ -69,6 +93,20 @@ def test_second_moments(case):
     together, apart = collect(model, maps, [padded]), collect(model, maps, alone)
     for name in maps:
         torch.testing.assert_close(together[name], apart[name], rtol=1e-4, atol=1e-5)
+
+
+def test_sums_are_found_where_all_tokens_stand_in_one_row():
+    (model, padded, alone, *_), (other, *_) = in_one_row(), in_one_row()
+    out, fc2 = (f"model.decoder.layers.0.{leaf}" for leaf in ("self_attn.out_proj", "fc2"))
+    readers = readers_of_sums(model, [out, fc2], padded)
+    assert readers == {out: "model.decoder.layers.0.final_layer_norm", fc2: "model.decoder.layers.1"}
+    sums = {name: (reader, reader) for name, reader in readers.items()}
+    together, apart = (
+        collect_pairs(model, other, {out: out, fc2: fc2}, rows, sums) for rows in ([padded], alone)
+    )
+    for name in sums:
+        for one, two in zip(together[name], apart[name], strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_importances(case):

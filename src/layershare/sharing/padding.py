@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 IGNORED = -100
 Mask = Callable[[Sequence[int]], Tensor | None]
-"""The shape [B, T] of what is looked at -> where it is no padding, boolean; None where all of it counts, or nothing is
-known."""
+"""The shape [B, T] of what is looked at, or [B * T] -> where it is no padding, boolean; None where all of it counts, or
+nothing is known."""
 
 
 def padding_of(model: nn.Module, batch: Mapping[str, Any]) -> Mask:
@@ -29,6 +29,8 @@ def padding_of(model: nn.Module, batch: Mapping[str, Any]) -> Mask:
         if (frames := frames_of(model, known)) is not None:
             masks[tuple(frames.shape)] = frames
         masks[tuple(known.shape)] = known.bool()
+    # Some models put the tokens of all texts in one row, as OPT before its feed-forward maps, or routers of experts.
+    masks |= {(mask.numel(),): mask.flatten() for mask in masks.values()}
     return lambda shape: masks.get(tuple(shape))
 
 

@@ -96,14 +96,14 @@ def readers_of_sums(model: nn.Module, modules: Sequence[str], batch: Batch) -> d
 
     with evaluating(model):
         _reading(model, batch, note, outputs, {})
-        shapes: dict[str, set[torch.Size]] = {}
+        sizes: dict[str, set[tuple[int, int]]] = {}
         for name, given in before:
-            shapes.setdefault(name, set()).add(given.shape)
+            sizes.setdefault(name, set()).add(_size(given))
         for name in modules:
             if name not in outputs:
                 continue
             out, end = outputs[name], _end(model, name, before)
-            if not any(out.shape in shapes.get(block, ()) for block in _around(name)):
+            if not any(_size(out) in sizes.get(block, ()) for block in _around(name)):
                 continue
             noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
             noise = noise * out.float().square().mean().sqrt().clamp_min(1e-6).to(out)
@@ -115,14 +115,22 @@ def readers_of_sums(model: nn.Module, modules: Sequence[str], batch: Batch) -> d
                 was, old = next(calls, ("", new))
                 if was != reader:  # the end, or experts whom the noise has called
                     raise Enough
-                if old.shape == new.shape == noise.shape and not torch.equal(old, outputs[name]):
-                    rest = (new.float() - old.float() - noise.float()).square().mean()
-                    if rest.sqrt() < EXACT * noise.float().square().mean().sqrt():
+                if _size(old) == _size(new) == _size(noise):
+                    then, now, more, own = (
+                        one.float().reshape(-1, one.shape[-1]) for one in (old, new, noise, outputs[name])
+                    )
+                    rest = (now - then - more).square().mean()
+                    if not torch.equal(then, own) and rest.sqrt() < EXACT * more.square().mean().sqrt():
                         found[name] = reader
                         raise Enough
 
             _reading(model, batch, compare, {}, {name: noise})
     return found
+
+
+def _size(given: Tensor) -> tuple[int, int]:
+    """How many numbers, and how many for a token; the tokens of all texts may stand in one row."""
+    return given.numel(), given.shape[-1] if given.ndim else 1
 
 
 def _around(name: str) -> Iterable[str]:
