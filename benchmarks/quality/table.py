@@ -62,18 +62,19 @@ def value(subject: Subject, key: str, row: Row, whole: Row) -> float:
 
 def verdict(subject: Subject, rows: Sequence[Row], budget: float, whole: Row) -> str:
     """Plainly who is ahead in each figure, among those that keep the budget."""
+    sides = {row["side"] for row in rows if row["budget"] == budget}
+    fit = [s for s in sides if of(rows, s, budget)[0]["stored"] <= 1.011 * budget * whole["stored"]]
     said = []
     for key, head in subject.figures.items():
-        means = {
-            side: statistics.mean(value(subject, key, row, whole) for row in of(rows, side, budget))
-            for side in {row["side"] for row in rows if row["budget"] == budget}
-            if of(rows, side, budget)[0]["stored"] <= 1.011 * budget * whole["stored"]
-        }
-        mine = means.pop(OURS, None)
-        if mine is None or not means:
+        sign = 1 if subject.better(key) else -1  # more of it is better
+        found = {s: [sign * value(subject, key, row, whole) for row in of(rows, s, budget)] for s in fit}
+        mine = found.pop(OURS, None)
+        if mine is None or not found:
             continue
-        best = (max if subject.better(key) else min)(means, key=means.__getitem__)
-        wins = mine > means[best] if subject.better(key) else mine < means[best]
-        what = "ahead of every peer" if wins else f"**behind {best}**"
-        said.append(f"{head} {what} ({mine:.1f}; best peer {means[best]:.1f}, {best})")
+        means = {side: statistics.mean(values) for side, values in found.items()}
+        best, mean = max(means, key=means.__getitem__), statistics.mean(mine)
+        what = "ahead of every peer" if mean > means[best] else f"**behind {best}**"
+        if mean > means[best] and min(mine) <= max(map(max, found.values())):
+            what += ", by less than the seeds differ"
+        said.append(f"{head} {what} ({abs(mean):.1f}; best peer {abs(means[best]):.1f}, {best})")
     return f"- {budget:.0%}: {OURS}: {'; '.join(said)}." if said else f"- {budget:.0%}: not compared yet."
