@@ -147,7 +147,7 @@ def _end(model: nn.Module, name: str, calls: Sequence[tuple[str, Tensor]]) -> in
         if isinstance(model.get_submodule(block), nn.ModuleList):
             beyond.add(f"{block}.{int(name[len(block) + 1 :].partition('.')[0]) + 2}")
             break
-    own = next(number for number, (caller, _) in enumerate(calls) if caller == name)
+    own = next((number for number, (caller, _) in enumerate(calls) if caller == name), 0)
     return next((n for n, (caller, _) in enumerate(calls) if n > own and caller in beyond), len(calls))
 
 

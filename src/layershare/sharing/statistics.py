@@ -32,13 +32,13 @@ def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) 
             runs += 1
             batch = to_device(model, batch)
             mask = padding_of(model, batch)
-            latest: list[tuple[Tensor, int, Tensor, int]] = []
+            latest: list[tuple[Tensor, int, Tensor, int]] = []  # queries, keys and values see one tensor
 
             def see(name: str, given: Tensor, mask: Mask = mask, latest: list = latest) -> None:
-                # Queries, keys and values see one tensor.
-                if not latest or latest[0][0] is not given or latest[0][1] != given._version:
+                version = 0 if given.is_inference() else given._version  # written in place meanwhile?
+                if not latest or latest[0][0] is not given or latest[0][1] != version:
                     rows = rows_of(given, mask).float()
-                    latest[:] = [(given, given._version, rows.T @ rows, len(rows))]
+                    latest[:] = [(given, version, rows.T @ rows, len(rows))]
                 *_, gram, count = latest[0]
                 sums[name] = sums[name] + gram if name in sums else gram
                 seen[name] = seen.get(name, 0) + count
