@@ -1,7 +1,7 @@
 """What every search tries first: each preset at the budget, ``auto``, and simple variations of it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from layershare.errors import LayershareError, ModelError, PlanError
@@ -44,6 +44,7 @@ class Beginning:
         if not self.stacks:
             raise PlanError(f"{type(bench.model).__name__} is shared already.", "Give the original.")
         self._order: list[Place] | None = None
+        self._missed = cache(lambda gone: least_missed(bench.model, self.stacks, gone, bench.change))
 
     @property
     def order(self) -> list[Place]:
@@ -53,14 +54,11 @@ class Beginning:
             most = min(int((1 - for_layers(self.bench.model, self.budget)) * layers), MOST_DROPPED)
             self._order = []
             try:
-                while len(self._order) < most and (place := self._next()) is not None:
+                while len(self._order) < most and (place := self._missed(tuple(self._order))) is not None:
                     self._order.append(place)
             except ModelError:  # its layers cannot be skipped
                 self._order = []
         return self._order
-
-    def _next(self) -> Place | None:
-        return least_missed(self.bench.model, self.stacks, self._order or [], self.bench.change)
 
     @property
     def space(self) -> Space:
@@ -79,15 +77,22 @@ class Beginning:
         variations = (
             entry(name, partial(self.propose, choice), choice) for name, choice in begin_with(self.space)
         )
-        return [*_merged(self._presets()), self._measured("d_rank"), self._measured("auto"), *variations]
+        return [
+            *_merged(self._presets()),
+            self._measured("d_rank"),
+            self._measured("auto", missed=self._missed),
+            *variations,
+        ]
 
-    def _measured(self, scheme: str) -> Entry:
+    def _measured(self, scheme: str, **options: Any) -> Entry:
         def make() -> SharingPlan:
             bench = self.bench
             left = for_layers(bench.model, self.budget)
             if left >= 1:
                 raise PlanError("the model is within the budget as it is.")
-            return SEARCHED[scheme](bench.model, self.stacks, left, bench.change, lambda: bench.moments)
+            return SEARCHED[scheme](
+                bench.model, self.stacks, left, bench.change, lambda: bench.moments, **options
+            )
 
         return entry(scheme, make)
 

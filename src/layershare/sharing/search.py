@@ -45,16 +45,27 @@ class Place(NamedTuple):
     position: int
 
 
+Missed = Callable[[tuple[Place, ...]], Place | None]
+"""The positions that are gone -> the one that would be missed least beside them."""
+
+
 def automatic(
-    model: PreTrainedModel, stacks: Sequence[Stack], budget: float, change: Change, measured: Callable[[], Moments]
-) -> SharingPlan:  # fmt: skip
+    model: PreTrainedModel,
+    stacks: Sequence[Stack],
+    budget: float,
+    change: Change,
+    measured: Callable[[], Moments],
+    missed: Missed | None = None,
+) -> SharingPlan:
     """``auto``: low-rank factors fitted to the answer, their ranks spent where they save most of its change.
 
     Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
     good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
-    compared as they would compute, not healed. Raises PlanError if the budget is out of reach.
+    compared as they would compute, not healed. ``missed``: ``least_missed``, for who keeps what it found. Raises
+    PlanError if the budget is out of reach.
     """
     stacks = [stack for stack in stacks if not stack.tied]
+    missed = missed or (lambda gone: least_missed(model, stacks, gone, change))
     moments = measured()
     pieces = decompose(model, stacks, moments)
     worth = {
@@ -74,7 +85,7 @@ def automatic(
             if best is not None and moved >= best[0]:
                 return best[1]
             best = moved, plan
-        if (next_ := least_missed(model, stacks, gone, change)) is None:
+        if (next_ := missed(tuple(gone))) is None:
             break
         gone.append(next_)
     if best is None:
