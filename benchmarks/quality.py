@@ -80,7 +80,8 @@ def main() -> None:
         sys.exit(f"quality: {error}")
     except KeyboardInterrupt:
         sys.exit("quality: stopped; the same command goes on from here")
-    text = section(subject, rows, title(options), told(options), command(options))
+    ending = options.docs and page.notes(options.docs, f"## Quality: {title(options)}")
+    text = section(subject, rows, title(options), told(options), ending or f"    {command(options)}")
     print(text)
     if options.docs:
         page.write(options.docs, text)

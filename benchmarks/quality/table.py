@@ -11,7 +11,7 @@ Row = dict[str, Any]
 OURS = next(iter(SIDES))
 
 
-def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[str], command: str) -> str:
+def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[str], ending: str) -> str:
     whole = next(row for row in rows if row["side"] == "original")
     heads = [*subject.figures.values(), "MB on disk", "processor s"]
     lines = [
@@ -29,7 +29,7 @@ def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[st
         lines += [line(subject, budget, side, of(rows, side, budget), whole) for side in sides]
     verdicts = [verdict(subject, rows, budget, whole) for budget in budgets]
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    return "\n".join([*lines, "", *verdicts, "", f"Commits: {commits}.", "", f"    {command}", ""])
+    return "\n".join([*lines, "", *verdicts, "", f"Commits: {commits}.", "", ending, ""])
 
 
 def order(side: str) -> int:
