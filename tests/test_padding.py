@@ -13,7 +13,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
     WhisperConfig,
-)  # fmt: skip
+)
 from transformers import WhisperForConditionalGeneration as Whisper
 
 from layershare.prune.importance import matching_loss, of_inputs, of_positions

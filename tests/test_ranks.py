@@ -29,7 +29,7 @@ def test_effective_rank_is_that_of_the_whitened_matrix():
     p = torch.linalg.svdvals(torch.cat([one, two]) @ torch.linalg.cholesky(x.T @ x))
     p = p / p.sum()
     assert effective_rank([one, two], [x.T @ x / 4, x.T @ x * 3 / 4]) == pytest.approx(
-        float((-p * p.log()).sum().exp()), rel=1e-4
+        float((-p * p.log()).sum().exp()), rel=1e-5
     )
     assert effective_rank([one * 7], [x.T @ x * 9]) == pytest.approx(effective_rank([one], [x.T @ x]))
 

@@ -257,18 +257,18 @@ def balanced(up: Tensor, down: Tensor) -> Factors:
 
 
 def unwhitened(factor: Tensor, half: Tensor | None) -> Tensor:
-    """``factor`` (rank, in) of W S as that of W; ``half``: S, None for the identity."""
+    """``factor`` (rank, in) of W S as that of W; ``half``: S, lower triangular, None for the identity."""
     return factor if half is None else torch.linalg.solve_triangular(half, factor, upper=False, left=False)
 
 
 def _views(slopes: Sequence[Tensor] | None, count: int) -> Sequence[Tensor | None]:
-    """How each output is seen from the answer: T with T^T T = the slope; None: as it is."""
-    return [root(slope).T for slope in slopes] if slopes else [None] * count
+    """How each output is seen from the answer: the root of the slope; None: as it is."""
+    return [root(slope) for slope in slopes] if slopes else [None] * count
 
 
 def _forth(view: Tensor | None, outputs: Tensor) -> Tensor:
-    return outputs if view is None else view @ outputs
+    return outputs if view is None else view.T @ outputs
 
 
 def _back(view: Tensor | None, outputs: Tensor) -> Tensor:
-    return outputs if view is None else torch.linalg.solve_triangular(view, outputs, upper=True)
+    return unwhitened(outputs.T, view).T

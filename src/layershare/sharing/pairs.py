@@ -6,10 +6,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from layershare.sharing.padding import padding_of, rows_of
-from layershare.sharing.statistics import Batch, Enough, evaluating, refuse_unseen, to_device
+from layershare.sharing.statistics import (
+    Batch,
+    Enough,
+    evaluating,
+    output_layer,
+    refuse_unseen,
+    to_device,
+)
 
 # How exactly a sum must follow what is added to one of its terms; bf16 rounds it to about 1 %.
 EXACT = 0.05
@@ -141,7 +147,7 @@ def _around(name: str) -> Iterable[str]:
 
 def _end(model: nn.Module, name: str, calls: Sequence[tuple[str, Tensor]]) -> int:
     """Which of ``calls`` is beyond the layer that follows the one with ``name`` in it."""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output = output_layer(model)
     beyond = {other for other, module in model.named_modules() if module is output}
     for block in _around(name):
         if isinstance(model.get_submodule(block), nn.ModuleList):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from layershare.sharing.statistics import Batch
+from layershare.sharing.statistics import Batch, output_layer
 
 LOGITS = 1 << 26
 """At most so many numbers in the logits of one piece (256 MB in float32), if one text alone has not more."""
@@ -30,6 +30,5 @@ def logits_of(model: nn.Module, batch: Batch) -> int:
     """How many numbers the logits of ``batch`` are, about; 0 where they are not over a vocabulary."""
     shapes = [value.shape for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     texts, tokens = (max((shape[i] for shape in shapes if len(shape) > i), default=1) for i in (0, 1))
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
+    weight = getattr(output_layer(model), "weight", None)
     return texts * tokens * len(weight) if isinstance(weight, Tensor) else 0

@@ -113,7 +113,7 @@ def _piece(model: PreTrainedModel, name: str, weight: Weight, moments: Moments) 
     before, after = (root(kind[name.rpartition(".")[0]]) for kind in moments)
     u, s, vh = torch.linalg.svd(after.T @ dense @ before, full_matrices=False)
     spectrum = Spectrum(s.square().cpu(), sum(weight.shape), weight.size)
-    up = torch.linalg.solve_triangular(after.T, u * s, upper=True)
+    up = unwhitened((u * s).T, after).T
     return Piece(spectrum, up.to(found.dtype), unwhitened(vh, before).to(found.dtype))
 
 

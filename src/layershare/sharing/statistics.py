@@ -100,7 +100,7 @@ def _run(
         if end is not None:
             raise Enough
 
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output = output_layer(model)
     with ExitStack() as hooks:
         for name in modules:
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
@@ -109,6 +109,11 @@ def _run(
         hooks.enter_context(suppress(Enough))
         model(**batch)
     return output if order.count("") == 1 and order[-1] == "" else None
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The map from hidden states to logits over a vocabulary, if the model has one."""
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 class Enough(Exception):  # noqa: N818 - no error
