@@ -42,7 +42,7 @@ def test_it_fits_the_budget_and_moves_less_than_even_ranks(setting, kind, budget
     model, batches, change = setting(kind)
     stacks = find_stacks(model)
     moments = measure(model, batches)
-    plan = search.automatic(model, stacks, budget, change, lambda: moments)
+    plan = search.automatic(model, stacks, budget, lambda: change, lambda: moments)
     cost = layershare.predict(stacks, plan)
     student = layershare.share(model, plan, calibration=moments)
     assert budget - 0.03 <= cost.ratio <= budget
@@ -83,7 +83,7 @@ def test_a_position_that_does_nothing_is_dropped(setting):
             )
 
     was = copy.deepcopy(model.state_dict())
-    plan = search.automatic(model, find_stacks(model), 0.6, moved, lambda: measure(model, batches))
+    plan = search.automatic(model, find_stacks(model), 0.6, lambda: moved, lambda: measure(model, batches))
     assert 2 in plan.stacks[0].drop
     assert model.state_dict().keys() == was.keys()  # no gate is left behind
     assert all(torch.equal(value, was[name]) for name, value in model.state_dict().items())
@@ -92,10 +92,10 @@ def test_a_position_that_does_nothing_is_dropped(setting):
 def test_a_budget_out_of_reach_is_refused(setting):
     model, batches, change = setting("bert")
     with pytest.raises(PlanError, match="out of reach"):
-        search.automatic(model, find_stacks(model), 0.01, change, lambda: measure(model, batches))
+        search.automatic(model, find_stacks(model), 0.01, lambda: change, lambda: measure(model, batches))
 
 
 def test_drop_spreads_what_it_keeps(setting):
-    model, _, change = setting("bert")
-    plan = search.SEARCHED["drop"](model, find_stacks(model), 0.5, change, None)
+    model, _, _ = setting("bert")
+    plan = search.SEARCHED["drop"](model, find_stacks(model), 0.5, None, None)
     assert plan.stacks[0].drop == (1, 2)

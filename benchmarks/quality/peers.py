@@ -34,9 +34,7 @@ class Made(NamedTuple):
 
 
 def ours(subject: Subject, budget: float) -> Made:
-    plan = SEARCHED["auto"](
-        subject.teacher, subject.stacks, budget, subject.change(), lambda: subject.moments
-    )
+    plan = SEARCHED["auto"](subject.teacher, subject.stacks, budget, subject.change, lambda: subject.moments)
     student = layershare.share(
         subject.teacher, plan, calibration=subject.calibration, fit="sequential", known=subject.moments
     )

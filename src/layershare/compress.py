@@ -147,8 +147,13 @@ class _Job:
             return search_within(bench, budget, folder, seed=self.seed, progress=self.say)
         if scheme not in SEARCHED:
             return make_plan(self.stacks, scheme, budget=budget)
-        change = output_change(self.kind, self.teacher, calibration)
-        return SEARCHED[scheme](self.teacher, self.stacks, budget, change, lambda: self.moments(calibration))
+        return SEARCHED[scheme](
+            self.teacher,
+            self.stacks,
+            budget,
+            lambda: output_change(self.kind, self.teacher, calibration),
+            lambda: self.moments(calibration),
+        )
 
     def moments(self, calibration: list[dict[str, Any]]) -> Moments:
         """What sharing needs to know of the original; measured once."""

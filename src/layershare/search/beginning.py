@@ -91,7 +91,7 @@ class Beginning:
             if left >= 1:
                 raise PlanError("the model is within the budget as it is.")
             return SEARCHED[scheme](
-                bench.model, self.stacks, left, bench.change, lambda: bench.moments, **options
+                bench.model, self.stacks, left, lambda: bench.change, lambda: bench.moments, **options
             )
 
         return entry(scheme, make)

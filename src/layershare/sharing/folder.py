@@ -122,7 +122,7 @@ def searched(
         known = measure(model, batches, answer=answer_of(kind), slopes=slopes)
         return known
 
-    plan = SEARCHED[preset](model, stacks, budget, output_change(kind, model, batches), measured)
+    plan = SEARCHED[preset](model, stacks, budget, lambda: output_change(kind, model, batches), measured)
     return plan, known
 
 

@@ -53,7 +53,7 @@ def automatic(
     model: PreTrainedModel,
     stacks: Sequence[Stack],
     budget: float,
-    change: Change,
+    judged: Callable[[], Change],
     measured: Callable[[], Moments],
     missed: Missed | None = None,
 ) -> SharingPlan:
@@ -64,6 +64,7 @@ def automatic(
     compared as they would compute, not healed. ``missed``: ``least_missed``, for who keeps what it found. Raises
     PlanError if the budget is out of reach.
     """
+    change = judged()
     stacks = [stack for stack in stacks if not stack.tied]
     missed = missed or (lambda gone: least_missed(model, stacks, gone, change))
     moments = measured()
@@ -205,7 +206,7 @@ def drop_only(
     model: PreTrainedModel,  # noqa: ARG001 - one signature for all
     stacks: Sequence[Stack],
     budget: float,
-    change: Change,  # noqa: ARG001
+    judged: Callable[[], Change],  # noqa: ARG001
     measured: Callable[[], Moments],  # noqa: ARG001
 ) -> SharingPlan:
     """``drop``: layer drop to compare with: as many positions as come nearest to the budget, evenly spread.
@@ -220,7 +221,7 @@ def by_effective_rank(
     model: PreTrainedModel,
     stacks: Sequence[Stack],
     budget: float,
-    change: Change,  # noqa: ARG001
+    judged: Callable[[], Change],  # noqa: ARG001
     measured: Callable[[], Moments],
 ) -> SharingPlan:
     """``d_rank``: every position its own factors, ranks by effective rank (:mod:`~layershare.sharing.ranks`)."""
