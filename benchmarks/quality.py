@@ -28,6 +28,7 @@ from typing import Any
 
 import page
 import torch
+from quality.encoder import BLOCK, SETS, Encoder
 from quality.peers import SIDES, Made, bytes_of
 from quality.subject import Subject
 from quality.table import Row, section
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="more of DistillConfig, of every side"
     )
+    parser.add_argument("--sets", type=int, default=SETS, help="of 1,000 pairs each, to judge the encoder on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "quality.jsonl")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="what is kept between runs")
@@ -92,9 +94,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
         from quality.decoder import Decoder
 
         return Decoder(options.debian, options.out)
-    from quality.encoder import Encoder
-
-    return Encoder(options.debian, options.out)
+    return Encoder(options.debian, options.out, options.sets)
 
 
 def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
@@ -147,7 +147,7 @@ def judged(
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     heals = options.table == "healed" and make is not None
     if heals:
-        yield "training-free", {"healed": {"steps": 0}, **figures(subject, made, wall, cpu)}
+        yield "training-free", {"healed": healing(options, 0), **figures(subject, made, wall, cpu)}
         started, began = time.monotonic(), time.process_time()
         heal(subject, made, options, seed)
         wall, cpu = wall + time.monotonic() - started, cpu + time.process_time() - began
@@ -184,10 +184,13 @@ def heal(subject: Any, made: Made, options: argparse.Namespace, seed: int) -> No
     made.model.eval()
 
 
-def healing(options: argparse.Namespace) -> dict[str, Any]:
-    if options.table != "healed":
-        return {"steps": 0}
-    said = {"steps": options.steps, "batch": options.batch_size, "rate": options.learning_rate}
+def healing(options: argparse.Namespace, steps: int | None = None) -> dict[str, Any]:
+    """How a row was made: what tells it from other rows of its table."""
+    steps = (options.steps if options.table == "healed" else 0) if steps is None else steps
+    said: dict[str, Any] = {"steps": steps} | ({} if options.sets == SETS else {"sets": options.sets})
+    if not steps:
+        return said
+    said |= {"batch": options.batch_size, "rate": options.learning_rate}
     return said | dict(one.partition("=")[::2] for one in options.set)
 
 
@@ -208,9 +211,11 @@ COMMIT = commit()
 
 
 def title(options: argparse.Namespace) -> str:
-    if options.table == "healed":
-        return f"a sentence encoder, healed by {options.steps} steps"
-    return "a decoder, training-free" if options.table == "decoder" else "a sentence encoder, training-free"
+    if options.table == "decoder":
+        return "a decoder, training-free"
+    how = f"healed by {options.steps} steps" if options.table == "healed" else "training-free"
+    judged = f", judged on {options.sets * BLOCK:,} pairs" if options.sets != SETS else ""
+    return f"a sentence encoder, {how}{judged}"
 
 
 def told(options: argparse.Namespace) -> list[str]:
@@ -229,6 +234,7 @@ def command(options: argparse.Namespace) -> str:
         words += ["--steps", str(options.steps), "--batch-size", str(options.batch_size)]
         words += ["--learning-rate", f"{options.learning_rate:g}"]
         words += ["--set", *options.set] if options.set else []
+    words += ["--sets", str(options.sets)] if options.sets != SETS else []
     words += ["--budgets", *(f"{budget:g}" for budget in options.budgets)]
     words += ["--seeds", *map(str, options.seeds)]
     if options.sides:

@@ -17,7 +17,7 @@ def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[st
     lines = [
         f"## Quality: {title}",
         "",
-        *(line.format(**whole) for line in subject.told),
+        *(line.format(subject=subject, **whole) for line in subject.told),
         *told,
         "",
         f"| budget | | stored | {' | '.join(heads)} |",
