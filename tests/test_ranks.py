@@ -100,7 +100,12 @@ def test_it_has_a_name_where_there_are_activations(
     fitted = {"d_rank": "inputs", "auto": "answer"}[preset]
     told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["made"]
     assert (told["fit"], told["samples"], told["texts"]) == (fitted, 7, 7)
-    for wrong, words in [({}, "needs a budget"), ({"budget": 0.5, "rank": 3}, "takes no rank = 3")]:
+    unique = {"d_rank": "takes no unique = 9", "auto": "unique = 9 does not suit 4 layers"}[preset]
+    for wrong, words in [
+        ({}, "needs a budget"),
+        ({"budget": 0.5, "rank": 3}, "takes no rank = 3"),
+        ({"budget": 0.5, "unique": 9}, unique),
+    ]:
         with pytest.raises(PlanError, match=words):
             share_folder(bert_folder, tmp_path / "other", **made, **wrong)
     with pytest.raises(PlanError, match="activations"):

@@ -9,6 +9,7 @@ import layershare
 from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing import search
+from layershare.sharing.make import drop_to
 from layershare.sharing.moments import measure
 from layershare.stacks import find_stacks
 
@@ -87,6 +88,22 @@ def test_a_position_that_does_nothing_is_dropped(setting):
     assert 2 in plan.stacks[0].drop
     assert model.state_dict().keys() == was.keys()  # no gate is left behind
     assert all(torch.equal(value, was[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_it_keeps_as_many_positions_as_it_is_told(setting, kind):
+    model, batches, change = setting(kind)
+    stacks, moments = find_stacks(model), measure(model, batches)
+    plan = search.automatic(model, stacks, 0.4, lambda: change, lambda: moments, unique=2)
+    assert [stack.length - len(stack.drop) for stack in plan.stacks] == [2] * len(stacks)
+    assert 0.35 < layershare.predict(stacks, plan).ratio <= 0.4
+    if kind == "bert":  # of one position the least missed is known by trying each
+        one = search.automatic(model, stacks, 0.4, lambda: change, lambda: moments, unique=3)
+        without = [
+            SharingPlan(stacks=(drop_to(stacks[0], [p for p in range(4) if p != q]),)) for q in range(4)
+        ]
+        missed = [change(layershare.share(model, plan)) for plan in without]
+        assert one.stacks[0].drop == (missed.index(min(missed)),)
 
 
 def test_a_budget_out_of_reach_is_refused(setting):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,17 @@ def share_folder(
 
 
 def searched(
-    model: Any, kind: Task, batches: list[dict[str, Any]], fit: Fit, *, preset: str, **options: Any
+    model: Any,
+    kind: Task,
+    batches: list[dict[str, Any]],
+    fit: Fit,
+    *,
+    preset: str,
+    unique: int | None = None,
+    **options: Any,
 ) -> tuple[SharingPlan, Moments | None]:
     """The plan of a preset that is read off the activations of ``batches``, and their moments if it asked for them."""
-    stacks, budget = budget_of(find_stacks(model), preset=preset, **options)
+    stacks, budget = budget_of(find_stacks(model), preset=preset, unique=unique, **options)
     known: Moments | None = None
 
     def measured() -> Moments:
@@ -122,22 +130,32 @@ def searched(
         known = measure(model, batches, answer=answer_of(kind), slopes=slopes)
         return known
 
-    plan = SEARCHED[preset](model, stacks, budget, lambda: output_change(kind, model, batches), measured)
-    return plan, known
+    more = {} if unique is None else {"unique": unique}
+    change = partial(output_change, kind, model, batches)
+    return SEARCHED[preset](model, stacks, budget, change, measured, **more), known
 
 
 def budget_of(
-    stacks: Sequence[Stack], *, preset: str, budget: float | None = None, stack: str | None = None, **options: Any
+    stacks: Sequence[Stack], *, preset: str, budget: float | None = None, stack: str | None = None,
+    unique: int | None = None, **options: Any,
 ) -> tuple[Sequence[Stack], float]:  # fmt: skip
-    """What such a preset takes: the stacks to share, and a budget. Raises PlanError for other options."""
-    unused = {"merge": "mean", "rank": 0, "unique": None, "parts": None, "kv": False}
+    """What such a preset takes: the stacks to share, and a budget. Raises PlanError for other options.
+
+    ``unique``, how many positions of each stack are kept, is for ``auto`` alone."""
+    unused = {"merge": "mean", "rank": 0, "parts": None, "kv": False}
+    unused |= {} if preset == "auto" else {"unique": None}
+    options["unique"] = unique
     if wrong := next(
         (name for name, default in unused.items() if options.get(name, default) != default), None
     ):
         raise PlanError(f"preset {preset!r} takes no {wrong} = {options[wrong]}.", "Give a budget.")
     if budget is None or not 0 < budget < 1:
         raise PlanError(f"preset {preset!r} needs a budget.", "Give a fraction of the layer parameters.")
-    return stacks if stack is None else [find(stacks, stack)], budget
+    taken = stacks if stack is None else [find(stacks, stack)]
+    most = max((one.length for one in taken), default=0)
+    if unique is not None and not 1 <= unique <= most:
+        raise PlanError(f"unique = {unique} does not suit {most} layers.", f"Give 1 to {most}.")
+    return taken, budget
 
 
 def plan_for(

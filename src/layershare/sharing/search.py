@@ -56,17 +56,20 @@ def automatic(
     judged: Callable[[], Change],
     measured: Callable[[], Moments],
     missed: Missed | None = None,
+    *,
+    unique: int | None = None,
 ) -> SharingPlan:
     """``auto``: low-rank factors fitted to the answer, their ranks spent where they save most of its change.
 
     Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
     good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
-    compared as they would compute, not healed. ``missed``: ``least_missed``, for who keeps what it found. Raises
-    PlanError if the budget is out of reach.
+    compared as they would compute, not healed. ``unique``: drop until so many positions of each stack are left, whatever
+    it does to the answer; the model is faster. ``missed``: ``least_missed``, for who keeps what it found. Raises PlanError
+    if the budget is out of reach.
     """
     change = judged()
     stacks = [stack for stack in stacks if not stack.tied]
-    missed = missed or (lambda gone: least_missed(model, stacks, gone, change))
+    missed = missed or (lambda gone: least_missed(model, stacks, gone, change, unique or 1))
     moments = measured()
     pieces = decompose(model, stacks, moments)
     worth = {
@@ -75,6 +78,8 @@ def automatic(
     gone: list[Place] = []
     best: tuple[float, SharingPlan] | None = None
     least = ""
+    while unique is not None and (next_ := missed(tuple(gone))) is not None:
+        gone.append(next_)
     while True:
         try:
             plan = spend(stacks, worth, budget, gone)
@@ -172,16 +177,16 @@ def _plan(stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequenc
 
 
 def least_missed(
-    model: PreTrainedModel, stacks: Sequence[Stack], gone: Sequence[Place], change: Change
+    model: PreTrainedModel, stacks: Sequence[Stack], gone: Sequence[Place], change: Change, keep: int = 1
 ) -> Place | None:
-    """The position whose loss, beside ``gone``, changes the answer least; None where each stack has only one left.
+    """The position whose loss, beside ``gone``, changes the answer least; None where no stack has more than ``keep``.
 
     Positions are skipped with a gate of 0, so any model works that can be gated, and nothing is rebuilt.
     """
     left = {
         stack.name: [p for p in range(stack.length) if Place(stack.name, p) not in gone] for stack in stacks
     }
-    choices = [Place(name, p) for name, positions in left.items() if len(positions) > 1 for p in positions]
+    choices = [Place(name, p) for name, positions in left.items() if len(positions) > keep for p in positions]
     with _skipped(model, gone):
         costs = {}
         for place in choices:
