@@ -63,9 +63,9 @@ def automatic(
 
     Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
     good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
-    compared as they would compute, not healed. ``unique``: drop until so many positions of each stack are left, whatever
-    it does to the answer; the model is faster. ``missed``: ``least_missed``, for who keeps what it found. Raises PlanError
-    if the budget is out of reach.
+    compared as they would compute, not healed. ``unique``: drop until so many positions of each stack are left,
+    whatever it does to the answer; the model is faster. ``missed``: ``least_missed``, for who keeps what it found.
+    Raises PlanError if the budget is out of reach.
     """
     change = judged()
     stacks = [stack for stack in stacks if not stack.tied]
