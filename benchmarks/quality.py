@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("table", choices=["training-free", "healed", "decoder", "check"])
     parser.add_argument("--debian", type=Path, default=Path("out/debian"))
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--sides", nargs="+", help="only these, by the beginning of their names")
+    parser.add_argument("--sides", nargs="+", help="only these: names, or beginnings of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=150, help="of healing")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -105,7 +105,8 @@ def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
 
         sides["Basis Sharing (its authors' code)"] = authors_own(options.official)
     if options.sides:
-        sides = {name: make for name, make in sides.items() if name.startswith(tuple(options.sides))}
+        begun = tuple(side for side in options.sides if side not in sides)
+        sides = {name: sides[name] for name in sides if name in options.sides or name.startswith(begun)}
     known = options.results.read_text().splitlines() if options.results.exists() else ()
     rows: list[Row] = [json.loads(line) for line in known]
     done = {key(row) for row in rows}
