@@ -4,11 +4,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quality.peers import SIDES
+from quality.peers import OURS, SIDES
 from quality.subject import Subject
 
 Row = dict[str, Any]
-OURS = next(iter(SIDES))
 
 
 def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[str], ending: str) -> str:
@@ -27,9 +26,10 @@ def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[st
     for budget in budgets:
         sides = sorted({row["side"] for row in rows if row["budget"] == budget}, key=order)
         lines += [line(subject, budget, side, of(rows, side, budget), whole) for side in sides]
-    verdicts = [verdict(subject, rows, budget, whole) for budget in budgets]
+    ours = [side for side in SIDES if side.startswith(OURS)]
+    verdicts = [verdict(subject, rows, budget, whole, side) for budget in budgets for side in ours]
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    return "\n".join([*lines, "", *verdicts, "", f"Commits: {commits}.", "", ending, ""])
+    return "\n".join([*lines, "", *filter(None, verdicts), "", f"Commits: {commits}.", "", ending, ""])
 
 
 def order(side: str) -> int:
@@ -60,21 +60,22 @@ def value(subject: Subject, key: str, row: Row, whole: Row) -> float:
     return 100 * row[key] / whole[key] if subject.better(key) else row[key]
 
 
-def verdict(subject: Subject, rows: Sequence[Row], budget: float, whole: Row) -> str:
-    """Plainly who is ahead in each figure, among those that keep the budget."""
+def verdict(subject: Subject, rows: Sequence[Row], budget: float, whole: Row, side: str) -> str:
+    """Plainly whether this side of ours is ahead of every peer in each figure, among those that keep the budget."""
     sides = {row["side"] for row in rows if row["budget"] == budget}
     fit = [s for s in sides if of(rows, s, budget)[0]["stored"] <= 1.011 * budget * whole["stored"]]
     said = []
     for key, head in subject.figures.items():
         sign = 1 if subject.better(key) else -1  # more of it is better
         found = {s: [sign * value(subject, key, row, whole) for row in of(rows, s, budget)] for s in fit}
-        mine = found.pop(OURS, None)
+        mine = found.get(side)
+        found = {peer: values for peer, values in found.items() if not peer.startswith(OURS)}
         if mine is None or not found:
             continue
-        means = {side: statistics.mean(values) for side, values in found.items()}
+        means = {peer: statistics.mean(values) for peer, values in found.items()}
         best, mean = max(means, key=means.__getitem__), statistics.mean(mine)
         what = "ahead of every peer" if mean > means[best] else f"**behind {best}**"
         if mean > means[best] and min(mine) <= max(map(max, found.values())):
             what += ", by less than the seeds differ"
         said.append(f"{head} {what} ({abs(mean):.1f}; best peer {abs(means[best]):.1f}, {best})")
-    return f"- {budget:.0%}: {OURS}: {'; '.join(said)}." if said else f"- {budget:.0%}: not compared yet."
+    return f"- {budget:.0%}: {side}: {'; '.join(said)}." if said else ""
