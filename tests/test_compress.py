@@ -168,6 +168,12 @@ def test_a_baseline_of_equal_bytes_is_made_beside_it(call, done, tmp_path):
         assert call(baseline="drop") == both
 
 
+def test_it_keeps_as_many_layers_as_it_is_told(call, tmp_path):
+    result = call(unique=2, budget=0.4)
+    assert AutoModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
+    assert 0.3 < result.models[1].layer_parameters_unique / result.models[0].layer_parameters_unique <= 0.4
+
+
 def test_a_result_tells_no_folder_of_the_user(call, tmp_path, pairs_file, monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["/opt/bin/layershare", "compress", f"--data={pairs_file}", "-o", str(tmp_path / "out")]
@@ -191,6 +197,8 @@ def test_a_result_tells_no_folder_of_the_user(call, tmp_path, pairs_file, monkey
         ({"steps": 0}, OptionError, "steps"),
         ({"seed": 5}, StoreError, "another"),
         ({"budget": 0.7}, StoreError, "another plan"),
+        ({"unique": 9}, PlanError, "unique = 9 does not suit 4 layers"),
+        ({"unique": 2, "scheme": "drop"}, OptionError, "--scheme auto"),
     ],
 )
 @pytest.mark.usefixtures("done")

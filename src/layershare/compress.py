@@ -28,6 +28,7 @@ from layershare.search.bench import bench_of
 from layershare.search.within import need_optuna, search_within
 from layershare.sharing import make_plan, predict, share
 from layershare.sharing.carry import remember
+from layershare.sharing.folder import budget_of
 from layershare.sharing.moments import Moments, measure
 from layershare.sharing.search import SEARCHED
 from layershare.stacks import find_stacks
@@ -58,6 +59,7 @@ def compress(
     budget: float = 0.5,
     plan: Path | None = None,
     scheme: str = "auto",
+    unique: int | None = None,
     baseline: str | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -70,7 +72,8 @@ def compress(
     model: folder or hub name. data, test, validation: files, see :mod:`layershare.tasks`; without a test file a part of
     the data is held out, and no text is in two parts. budget: the most layer parameters to store, as a fraction of the
     original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, ``auto``, or
-    ``search``, see :mod:`layershare.search`).
+    ``search``, see :mod:`layershare.search`). unique: how many positions of each stack ``auto`` keeps; default as many
+    as change the answer least before healing.
     baseline: ``drop`` also makes a layer-dropped model, nearest in size and healed alike. steps: of healing, default
     those of :class:`~layershare.heal.config.DistillConfig`.
 
@@ -89,7 +92,12 @@ def compress(
     tested, judged = ([] if file is None else [file] for file in (test, validation))
     found = kind.read(data, test=tested, validation=judged, columns=columns, seed=seed)
     job = _Job(model, kind, found, steps, seed, say)
-    wanted = {"scheme": scheme, "budget": budget} if plan is None else SharingPlan.load(plan).to_dict()
+    if unique is not None and (plan is not None or scheme != "auto"):
+        raise OptionError(
+            "--unique is for --scheme auto.", "A plan file says itself which positions it drops."
+        )
+    more = {} if unique is None else {"unique": unique}
+    wanted = {"scheme": scheme, "budget": budget} | more if plan is None else SharingPlan.load(plan).to_dict()
     job.check(wanted)
     if overwrite:
         for old in (out, stages.part_of(out)):
@@ -129,6 +137,8 @@ class _Job:
             need_optuna()
         elif wanted["scheme"] not in SEARCHED:
             make_plan(self.stacks, wanted["scheme"], budget=wanted["budget"])
+        elif wanted["scheme"] == "auto":
+            budget_of(self.stacks, preset="auto", budget=wanted["budget"], unique=wanted.get("unique"))
 
     def plan(self, wanted: dict[str, Any], calibration: list[dict[str, Any]], folder: Path) -> SharingPlan:
         """The plan meant by ``wanted``: one written out, or a scheme and a budget. A search keeps its trials in
@@ -147,12 +157,14 @@ class _Job:
             return search_within(bench, budget, folder, seed=self.seed, progress=self.say)
         if scheme not in SEARCHED:
             return make_plan(self.stacks, scheme, budget=budget)
+        more = {"unique": wanted["unique"]} if "unique" in wanted else {}
         return SEARCHED[scheme](
             self.teacher,
             self.stacks,
             budget,
             lambda: output_change(self.kind, self.teacher, calibration),
             lambda: self.moments(calibration),
+            **more,
         )
 
     def moments(self, calibration: list[dict[str, Any]]) -> Moments:

@@ -96,6 +96,12 @@ Preset = Annotated[
     ),
 ]
 Unique = Annotated[int | None, typer.Option(help="Distinct layers per stack.")]
+Kept = Annotated[
+    int | None,
+    typer.Option(
+        "--unique", help="With --scheme auto: layers per stack to keep; default as many as is best."
+    ),
+]
 Parts = Annotated[
     str | None, typer.Option(help="Parts to share, with commas: attention,ffn; default all matrices.")
 ]

@@ -77,7 +77,7 @@ def prune(
 def compress(
     model: opt.Model, *, task: opt.Task, data: opt.Data, out: opt.Out, test: opt.Test = None,
     validation: opt.Validation = None, column: opt.Column = None, budget: opt.Budget = 0.5,
-    plan: opt.PlanFile = None, scheme: opt.Scheme = "auto", baseline: opt.Baseline = None,
+    plan: opt.PlanFile = None, scheme: opt.Scheme = "auto", unique: opt.Kept = None, baseline: opt.Baseline = None,
     steps: opt.Steps = None, seed: opt.Seed = 0, overwrite: opt.Overwrite = False, task_set: opt.TaskSet = None,
     skip_bad: opt.SkipBad = False,
 ) -> Shown:  # fmt: skip
@@ -86,7 +86,7 @@ def compress(
 
     result = compress(
         model, task=task_of(task, task_set, skip_bad), data=data, test=test, validation=validation, out=out,
-        budget=budget, plan=plan, scheme=scheme, baseline=baseline,
+        budget=budget, plan=plan, scheme=scheme, unique=unique, baseline=baseline,
         steps=steps, seed=seed, columns=columns(column), overwrite=overwrite,
     )  # fmt: skip
     return Shown(f"{result.table()}\n\n{saved(out)}", result.model_dump(mode="json"))
