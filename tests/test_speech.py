@@ -278,7 +278,8 @@ def test_a_small_model_learns_and_its_shared_half_learns_from_it(
     kind: str, models: dict[str, Path], table: Path, tmp_path: Path
 ):
     teacher = tmp_path / "teacher"
-    config = FinetuneConfig(steps=250, batch_size=16, learning_rate=5e-3, judge_every=250)
+    steps = {"whisper": 250, "wav2vec2": 400}[kind]  # fewer depend on the seed and on the processor
+    config = FinetuneConfig(steps=steps, batch_size=16, learning_rate=5e-3, judge_every=steps)
     learnt = finetune(models[kind], table, teacher, task=TASK, config=config, quiet=True)
     assert learnt.models[0].metrics["wer"] > 0.5
     assert learnt.models[1].metrics["wer"] < 0.2
