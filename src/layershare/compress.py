@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +158,10 @@ class _Job:
             return search_within(bench, budget, folder, seed=self.seed, progress=self.say)
         if scheme not in SEARCHED:
             return make_plan(self.stacks, scheme, budget=budget)
-        more = {"unique": wanted["unique"]} if "unique" in wanted else {}
+        change = partial(output_change, self.kind, self.teacher, calibration)
+        measured = partial(self.moments, calibration)
         return SEARCHED[scheme](
-            self.teacher,
-            self.stacks,
-            budget,
-            lambda: output_change(self.kind, self.teacher, calibration),
-            lambda: self.moments(calibration),
-            **more,
+            self.teacher, self.stacks, budget, change, measured, unique=wanted.get("unique")
         )
 
     def moments(self, calibration: list[dict[str, Any]]) -> Moments:

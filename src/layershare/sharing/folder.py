@@ -130,9 +130,8 @@ def searched(
         known = measure(model, batches, answer=answer_of(kind), slopes=slopes)
         return known
 
-    more = {} if unique is None else {"unique": unique}
     change = partial(output_change, kind, model, batches)
-    return SEARCHED[preset](model, stacks, budget, change, measured, **more), known
+    return SEARCHED[preset](model, stacks, budget, change, measured, unique=unique), known
 
 
 def budget_of(

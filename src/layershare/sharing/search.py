@@ -64,8 +64,8 @@ def automatic(
     Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
     good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
     compared as they would compute, not healed. ``unique``: drop until so many positions of each stack are left,
-    whatever it does to the answer; the model is faster. ``missed``: ``least_missed``, for who keeps what it found.
-    Raises PlanError if the budget is out of reach.
+    whatever it does to the answer; not with ``missed``, which is ``least_missed`` for who keeps what it found. Raises
+    PlanError if the budget is out of reach.
     """
     change = judged()
     stacks = [stack for stack in stacks if not stack.tied]
@@ -213,6 +213,8 @@ def drop_only(
     budget: float,
     judged: Callable[[], Change],  # noqa: ARG001
     measured: Callable[[], Moments],  # noqa: ARG001
+    *,
+    unique: int | None = None,  # noqa: ARG001
 ) -> SharingPlan:
     """``drop``: layer drop to compare with: as many positions as come nearest to the budget, evenly spread.
 
@@ -228,6 +230,8 @@ def by_effective_rank(
     budget: float,
     judged: Callable[[], Change],  # noqa: ARG001
     measured: Callable[[], Moments],
+    *,
+    unique: int | None = None,  # noqa: ARG001
 ) -> SharingPlan:
     """``d_rank``: every position its own factors, ranks by effective rank (:mod:`~layershare.sharing.ranks`)."""
     moments = measured()
