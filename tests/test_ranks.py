@@ -100,6 +100,10 @@ def test_it_has_a_name_where_there_are_activations(
     fitted = {"d_rank": "inputs", "auto": "answer"}[preset]
     told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["made"]
     assert (told["fit"], told["samples"], told["texts"]) == (fitted, 7, 7)
+    if preset == "auto":
+        share_folder(bert_folder, tmp_path / "in order", budget=0.4, samples=64, fit="sequential", **made)
+        plan = SharingPlan.load(tmp_path / "in order" / "plan.toml")
+        assert 0.35 < predict(find_stacks(tiny("bert")), plan).ratio <= 0.4
     unique = {"d_rank": "takes no unique = 9", "auto": "unique = 9 does not suit 4 layers"}[preset]
     for wrong, words in [
         ({}, "needs a budget"),

@@ -116,3 +116,27 @@ def test_drop_spreads_what_it_keeps(setting):
     model, _, _ = setting("bert")
     plan = search.SEARCHED["drop"](model, find_stacks(model), 0.5, None, None)
     assert plan.stacks[0].drop == (1, 2)
+
+
+def test_plans_are_compared_as_they_will_be_fitted(setting):
+    model, batches, change = setting("bert")
+    stacks, moments, tried = find_stacks(model), measure(model, batches), []
+
+    def fitted(plan):
+        student = layershare.share(model, plan, calibration=batches[:1], fit="sequential", known=moments)
+        tried.append((change(student), plan))
+        return student
+
+    plan = search.automatic(model, stacks, 0.4, lambda: change, lambda: moments, fitted=fitted)
+    assert [len(one.stacks[0].drop) for _, one in tried] == list(range(len(tried)))
+    assert len(tried) > 1
+    assert plan == min(tried, key=lambda one: one[0])[1]
+
+
+@pytest.mark.parametrize(("batches", "size", "fit", "judge"), [
+    (1, 8, [0], [0]), (2, 8, [0], [1]), (5, 32, [0, 2, 4], [1, 3]), (64, 32, [*range(0, 64, 4)], [*range(1, 64, 4)]),
+])  # fmt: skip
+def test_plans_are_judged_by_texts_that_they_are_not_fitted_on(batches, size, fit, judge):
+    made = [{"input_ids": torch.full((size, 1), i)} for i in range(batches)]
+    some, judging = search.apart(made)
+    assert [[int(one["input_ids"][0]) for one in side] for side in (some, judging)] == [fit, judge]

@@ -52,7 +52,6 @@ class Decoder(Subject):
     adapted = r".*\.layers\.\d+\..*_proj"
     without = ("PEFT layer_replication + LoRA",)  # more layers than the config has layer_types: IndexError
     length = BLOCK
-    some = 2
 
     def __init__(self, debian: Path, folder: Path) -> None:
         task, model = get_task("causal-lm"), model_folder(folder / "gemma-3-270m")

@@ -41,7 +41,6 @@ class Encoder(Subject):
     )
     adapted = r".*\.layer\.\d+\..*(query|key|value|dense)"
     length = LENGTH
-    some = 8
 
     def __init__(self, debian: Path, folder: Path, sets: int = SETS) -> None:
         task = get_task("sentence-embedding")

@@ -5,6 +5,7 @@ Nothing stores more than the budget, a fraction of the layer parameters (norms a
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.lowrank import balanced, fit_up
 from layershare.sharing.make import drop_to, spread
 from layershare.sharing.moments import Moments
-from layershare.sharing.search import SEARCHED
+from layershare.sharing.search import apart, automatic
 from layershare.sharing.statistics import collect
 from layershare.stacks import Stack, Weight
-from quality.subject import Subject
+from quality.subject import Batches, Subject
 
 LEAST_RANK = 8
 SLACK = 1.011
@@ -34,13 +35,19 @@ class Made(NamedTuple):
 
 
 def ours(subject: Subject, budget: float, unique: int | None = None) -> Made:
-    plan = SEARCHED["auto"](
-        subject.teacher, subject.stacks, budget, subject.change, lambda: subject.moments, unique=unique
-    )
-    student = layershare.share(
-        subject.teacher, plan, calibration=subject.calibration, fit="sequential", known=subject.moments
-    )
-    return Made(student, plan)
+    """As ``share --preset auto --fit sequential`` makes it."""
+
+    def fitted(batches: Batches, plan: SharingPlan) -> Any:
+        return layershare.share(
+            subject.teacher, plan, calibration=batches, fit="sequential", known=subject.moments
+        )
+
+    some, judging = apart(subject.calibration)
+    plan = automatic(
+        subject.teacher, subject.stacks, budget, lambda: subject.change(judging), lambda: subject.moments,
+        unique=unique, fitted=partial(fitted, some),
+    )  # fmt: skip
+    return Made(fitted(subject.calibration, plan), plan)
 
 
 def ours_faster(subject: Subject, budget: float) -> Made:

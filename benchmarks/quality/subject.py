@@ -35,8 +35,6 @@ class Subject:
     """Sides that do not run on this model."""
     length: int
     """Tokens of a text."""
-    some: int
-    """Batches on which the search watches the answer."""
 
     def __init__(self, teacher: Any, task: Any, tokenizer: Any, folder: Path) -> None:
         self.teacher, self.task, self.tokenizer, self.folder = teacher, task, tokenizer, folder
@@ -81,8 +79,8 @@ class Subject:
     def moments(self) -> Moments:
         return Moments(self.inputs, self.slopes)
 
-    def change(self) -> Callable[[Any], float]:
-        return output_change(self.task, self.teacher, self.calibration[: self.some])
+    def change(self, batches: Batches) -> Callable[[Any], float]:
+        return output_change(self.task, self.teacher, batches)
 
     def _kept(self, what: str, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         key = hashlib.sha256()

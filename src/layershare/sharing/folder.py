@@ -16,7 +16,7 @@ from layershare.sharing.convert import Fit
 from layershare.sharing.layout import find
 from layershare.sharing.make import MEASURED
 from layershare.sharing.moments import Moments, measure
-from layershare.sharing.search import SEARCHED
+from layershare.sharing.search import SEARCHED, apart
 from layershare.stacks import Stack, find_stacks
 from layershare.store.open import (
     copy_preprocessing,
@@ -120,7 +120,9 @@ def searched(
     unique: int | None = None,
     **options: Any,
 ) -> tuple[SharingPlan, Moments | None]:
-    """The plan of a preset that is read off the activations of ``batches``, and their moments if it asked for them."""
+    """The plan of a preset that is read off the activations of ``batches``, and their moments if it asked for them.
+
+    How many positions ``auto`` drops is judged by models that are fitted as ``fit`` says."""
     stacks, budget = budget_of(find_stacks(model), preset=preset, unique=unique, **options)
     known: Moments | None = None
 
@@ -130,8 +132,13 @@ def searched(
         known = measure(model, batches, answer=answer_of(kind), slopes=slopes)
         return known
 
-    change = partial(output_change, kind, model, batches)
-    return SEARCHED[preset](model, stacks, budget, change, measured, unique=unique), known
+    more: dict[str, Any] = {}
+    judging = batches
+    if preset == "auto" and fit == "sequential" and unique is None:
+        some, judging = apart(batches)
+        more["fitted"] = lambda plan: share(model, plan, calibration=some, fit=fit, known=known)
+    change = partial(output_change, kind, model, judging)
+    return SEARCHED[preset](model, stacks, budget, change, measured, unique=unique, **more), known
 
 
 def budget_of(

@@ -7,7 +7,7 @@ answer moves on calibration data.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class Place(NamedTuple):
 
 Missed = Callable[[tuple[Place, ...]], Place | None]
 """The positions that are gone -> the one that would be missed least beside them."""
+TRIED = 512
+"""On about so many texts plans are fitted to be compared, at most; as many judge them."""
+Fitted = Callable[[SharingPlan], PreTrainedModel]
+"""A plan -> a model that shares by it, fitted as it will be."""
 
 
 def automatic(
@@ -58,14 +62,15 @@ def automatic(
     missed: Missed | None = None,
     *,
     unique: int | None = None,
+    fitted: Fitted | None = None,
 ) -> SharingPlan:
     """``auto``: low-rank factors fitted to the answer, their ranks spent where they save most of its change.
 
     Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
     good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
-    compared as they would compute, not healed. ``unique``: drop until so many positions of each stack are left,
-    whatever it does to the answer; not with ``missed``, which is ``least_missed`` for who keeps what it found. Raises
-    PlanError if the budget is out of reach.
+    compared as they would compute, not healed: as ``fitted`` makes them, by default all maps in one go. ``unique``:
+    drop until so many positions of each stack are left, whatever it does to the answer; not with ``missed``, which is
+    ``least_missed`` for who keeps what it found. Raises PlanError if the budget is out of reach.
     """
     change = judged()
     stacks = [stack for stack in stacks if not stack.tied]
@@ -75,6 +80,13 @@ def automatic(
     worth = {
         place: {weight: piece.spectrum for weight, piece in some.items()} for place, some in pieces.items()
     }
+
+    def moves(plan: SharingPlan) -> float:
+        if fitted is not None:
+            return change(fitted(plan))
+        with _skipped(model, gone), _cut(model, pieces, plan):
+            return change(model)
+
     gone: list[Place] = []
     best: tuple[float, SharingPlan] | None = None
     least = ""
@@ -86,8 +98,9 @@ def automatic(
         except ValueError as error:  # even the smallest ranks are too many for these positions
             least = str(error)
         else:
-            with _skipped(model, gone), _cut(model, pieces, plan):
-                moved = change(model)
+            if unique is not None:
+                return plan
+            moved = moves(plan)
             if best is not None and moved >= best[0]:
                 return best[1]
             best = moved, plan
@@ -97,6 +110,13 @@ def automatic(
     if best is None:
         raise PlanError(f"budget {budget:.1%} is out of reach: {least}.")
     return best[1]
+
+
+def apart(batches: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Of ``batches`` those on which plans are fitted to be compared, and those that judge them: least squares flatter
+    themselves on texts that they know."""
+    step = max(2, sum(len(next(iter(batch.values()))) for batch in batches) // TRIED)
+    return batches[::step], batches[1::step] or batches
 
 
 @torch.no_grad()
