@@ -133,6 +133,24 @@ def test_plans_are_compared_as_they_will_be_fitted(setting):
     assert plan == min(tried, key=lambda one: one[0])[1]
 
 
+def test_a_position_that_the_model_cannot_lose_is_kept(setting):
+    model, batches, change = setting("t5")
+    stacks = find_stacks(model)
+    first = search.Place(stacks[0].name, 0)  # it holds the relative positions of all
+    asked = []
+
+    def missed(gone):
+        asked.append(gone)
+        return None if gone else first
+
+    plan = search.automatic(
+        model, stacks, 0.6, lambda: change, lambda: measure(model, batches), missed,
+        fitted=lambda plan: layershare.share(model, plan, calibration=batches[:1], fit="sequential"),
+    )  # fmt: skip
+    assert asked == [()]
+    assert not any(stack.drop for stack in plan.stacks)
+
+
 @pytest.mark.parametrize(("batches", "size", "fit", "judge"), [
     (1, 8, [0], [0]), (2, 8, [0], [1]), (5, 32, [0, 2, 4], [1, 3]), (64, 32, [*range(0, 64, 4)], [*range(1, 64, 4)]),
 ])  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layershare.errors import PlanError
+from layershare.errors import ModelError, PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.allocate import Spectrum, allocate
 from layershare.sharing.gate import add_gate, remove_gate
@@ -100,7 +100,12 @@ def automatic(
         else:
             if unique is not None:
                 return plan
-            moved = moves(plan)
+            try:
+                moved = moves(plan)
+            except (ModelError, PlanError):  # it cannot do without these positions: T5 without its first
+                if best is None:
+                    raise
+                return best[1]
             if best is not None and moved >= best[0]:
                 return best[1]
             best = moved, plan
