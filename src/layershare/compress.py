@@ -32,6 +32,7 @@ from layershare.sharing.carry import remember
 from layershare.sharing.folder import budget_of
 from layershare.sharing.moments import Moments, measure
 from layershare.sharing.search import SEARCHED
+from layershare.sharing.statistics import texts_in
 from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
@@ -213,7 +214,7 @@ class _Job:
                 known = self.moments(batches) if plan.uses_activations else None
                 student = share(self.teacher, plan, calibration=known)
         told = {
-            "texts": sum(len(next(iter(batch.values()))) for batch in batches),
+            "texts": texts_in(batches),
             "heal": self.config.model_dump(mode="json"),
         }
         remember(student, **origin(self.model, self.kind, self.data, self.seed, plan=wanted, **told))

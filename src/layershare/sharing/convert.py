@@ -16,7 +16,7 @@ from layershare.sharing.layout import Layout, find
 from layershare.sharing.moments import Moments, measure
 from layershare.sharing.sequential import solve_in_order
 from layershare.sharing.solve import solve
-from layershare.sharing.statistics import collect
+from layershare.sharing.statistics import collect, texts_in
 from layershare.sharing.tie import fill, install, layout_of, tie, undo, verify
 from layershare.stacks import find_stacks
 
@@ -55,7 +55,7 @@ def share(
         values = solve_in_order(
             student, model, layout, in_original(model, plan), batches, counts, known.slopes
         )
-        finish(student, layout, plan, whitened=True, fit=fit, texts=_texts(batches))
+        finish(student, layout, plan, whitened=True, fit=fit, texts=texts_in(batches))
         fill(student, values)
         return student
     moments = Moments()
@@ -67,16 +67,11 @@ def share(
     # What a group lends to another one must outlive its own merge, which is written in place.
     weights |= {name: weights[name].clone() for job in layout.jobs for name in job.sources[len(job.names) :]}
     made: dict[str, Any] = {"whitened": bool(moments.inputs)}
-    made |= ({"fit": "answer"} if moments.slopes else {}) | ({"texts": _texts(batches)} if batches else {})
+    made |= ({"fit": "answer"} if moments.slopes else {}) | ({"texts": texts_in(batches)} if batches else {})
     finish(student, layout, plan, **made)
     for solved in solve(layout, weights.__getitem__, moments, counts):
         fill(student, solved)
     return student
-
-
-def _texts(batches: Iterable[Mapping[str, Any]]) -> int:
-    """How many texts (images, recordings) the calibration had."""
-    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def begin(model: PreTrainedModel, plan: SharingPlan, *, calibrated: bool) -> tuple[PreTrainedModel, Layout]:

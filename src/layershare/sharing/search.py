@@ -22,6 +22,7 @@ from layershare.sharing.make import drop_to, spread
 from layershare.sharing.moments import Moments
 from layershare.sharing.price import predict
 from layershare.sharing.ranks import d_rank
+from layershare.sharing.statistics import texts_in
 from layershare.stacks import Stack, Weight
 
 Change = Callable[[PreTrainedModel], float]
@@ -48,7 +49,7 @@ class Place(NamedTuple):
 Missed = Callable[[tuple[Place, ...]], Place | None]
 """The positions that are gone -> the one that would be missed least beside them."""
 TRIED = 512
-"""On about so many texts plans are fitted to be compared, at most; as many judge them."""
+"""Of many texts, plans are fitted on about so many to be compared; as many others judge them."""
 Fitted = Callable[[SharingPlan], PreTrainedModel]
 """A plan -> a model that shares by it, fitted as it will be."""
 
@@ -120,7 +121,7 @@ def automatic(
 def apart(batches: list[Any]) -> tuple[list[Any], list[Any]]:
     """Of ``batches`` those on which plans are fitted to be compared, and those that judge them: least squares flatter
     themselves on texts that they know."""
-    step = max(2, sum(len(next(iter(batch.values()))) for batch in batches) // TRIED)
+    step = max(2, texts_in(batches) // TRIED)
     return batches[::step], batches[1::step] or batches
 
 

@@ -15,6 +15,11 @@ Grams = dict[str, Tensor]
 Batch = Mapping[str, Any]
 
 
+def texts_in(batches: Iterable[Batch]) -> int:
+    """How many texts (images, recordings) the batches have."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
 @torch.no_grad()
 def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) -> Grams:
     """E[x x^T] of the inputs of the named linear ``modules``, each (in, in) in float32, over all unmasked tokens.
