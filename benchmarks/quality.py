@@ -40,6 +40,7 @@ from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
 
 BUDGETS = (0.8, 0.56, 0.5, 0.33, 0.25)
+RATE = 5e-4
 HERE = Path(__file__).parent
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=150, help="of healing")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of healing, of every side")
+    parser.add_argument("--learning-rate", type=float, default=RATE, help="of healing, of every side")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="more of DistillConfig, of every side"
     )
@@ -162,6 +163,7 @@ def figures(subject: Subject, made: Made, wall: float, cpu: float) -> Row:
         "bytes": 0 if made.stored else bytes_of(made.model) + made.base_bytes,
         "wall": round(wall),
         "cpu": round(cpu),
+        "dropped": [position for stack in made.plan.stacks for position in stack.drop],
         "commit": COMMIT,
     }
 
@@ -214,7 +216,10 @@ COMMIT = commit()
 def title(options: argparse.Namespace) -> str:
     if options.table == "decoder":
         return "a decoder, training-free"
-    how = f"healed by {options.steps} steps" if options.table == "healed" else "training-free"
+    how = "training-free"
+    if options.table == "healed":
+        how = f"healed by {options.steps} steps"
+        how += f" at {options.learning_rate:g}" if options.learning_rate != RATE else ""
     judged = f", judged on {options.sets * BLOCK:,} pairs" if options.sets != SETS else ""
     return f"a sentence encoder, {how}{judged}"
 
