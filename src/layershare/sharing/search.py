@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from layershare.errors import ModelError, PlanError
@@ -112,7 +113,7 @@ def _least_moving(
     choices: list[tuple[Place, ...]] = [()]
     while choices:
         found = []
-        for gone in choices:
+        for gone in tqdm(choices, desc=f"drop {len(choices[0])}", disable=None, leave=False):
             try:
                 plan = without(gone)
             except PlanError as error:  # even the smallest ranks are too many for so many positions
