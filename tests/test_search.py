@@ -1,7 +1,6 @@
 """The automatic plan: within its budget, better than even ranks, and it drops what is worth nothing."""
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -69,13 +68,11 @@ def evenly(stack, budget):
     raise AssertionError(f"{budget} cannot be reached")
 
 
-@pytest.fixture
-def idle(setting):
-    """A model whose position 2 does nothing, batches, change."""
+def test_a_position_that_does_nothing_is_dropped(setting):
     model, batches, _ = setting("gpt2")
-    layer = model.transformer.h[2]
+    idle = model.transformer.h[2]
     with torch.no_grad():
-        for module in (layer.attn.c_proj, layer.mlp.c_proj):
+        for module in (idle.attn.c_proj, idle.mlp.c_proj):
             module.weight.zero_()
             module.bias.zero_()
         before = [model(**batch)[0] for batch in batches]
@@ -86,28 +83,11 @@ def idle(setting):
                 float((other(**b)[0] - was).square().sum()) for b, was in zip(batches, before, strict=True)
             )
 
-    return model, batches, moved
-
-
-def test_a_position_that_does_nothing_is_dropped(idle):
-    model, batches, moved = idle
     was = copy.deepcopy(model.state_dict())
     plan = search.automatic(model, find_stacks(model), 0.6, lambda: moved, lambda: measure(model, batches))
     assert 2 in plan.stacks[0].drop
     assert model.state_dict().keys() == was.keys()  # no gate is left behind
     assert all(torch.equal(value, was[name]) for name, value in model.state_dict().items())
-
-
-def test_of_the_few_that_are_missed_least_the_best_is_dropped(idle):
-    model, batches, moved = idle
-    stacks = find_stacks(model)
-    places = [search.Place(stacks[0].name, position) for position in (0, 1, 2, 3)]
-
-    def missed(gone):
-        return [place for place in places if place not in gone]
-
-    plan = search.automatic(model, stacks, 0.6, lambda: moved, lambda: measure(model, batches), missed)
-    assert plan.stacks[0].drop[0] == 2  # not the first that was named
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
@@ -148,11 +128,9 @@ def test_plans_are_compared_as_they_will_be_fitted(setting):
         return student
 
     plan = search.automatic(model, stacks, 0.4, lambda: change, lambda: moments, fitted=fitted)
+    assert [len(one.stacks[0].drop) for _, one in tried] == list(range(len(tried)))
+    assert len(tried) > 1
     assert plan == min(tried, key=lambda one: one[0])[1]
-    levels = [[one for one in tried if len(one[1].stacks[0].drop) == gone] for gone in range(4)]
-    best = [set(min(level, key=lambda one: one[0])[1].stacks[0].drop) for level in levels if level]
-    assert len(best) > 1
-    assert all(few < many for few, many in pairwise(best))
 
 
 def test_a_position_that_the_model_cannot_lose_is_kept(setting):
@@ -163,7 +141,7 @@ def test_a_position_that_the_model_cannot_lose_is_kept(setting):
 
     def missed(gone):
         asked.append(gone)
-        return [] if gone else [first]
+        return None if gone else first
 
     plan = search.automatic(
         model, stacks, 0.6, lambda: change, lambda: measure(model, batches), missed,

@@ -11,7 +11,7 @@ from layershare.search.budget import for_layers, table_at, widths
 from layershare.search.planner import plan_of_choice, space_of
 from layershare.search.space import Choice, Space, begin_with
 from layershare.sharing.make import SCHEMES, make_plan
-from layershare.sharing.search import SEARCHED, Place, missed_least
+from layershare.sharing.search import SEARCHED, Place, least_missed
 from layershare.stacks import Stack, find_stacks
 
 MOST_DROPPED = 8
@@ -44,7 +44,7 @@ class Beginning:
         if not self.stacks:
             raise PlanError(f"{type(bench.model).__name__} is shared already.", "Give the original.")
         self._order: list[Place] | None = None
-        self._missed = cache(lambda gone: missed_least(bench.model, self.stacks, gone, bench.change))
+        self._missed = cache(lambda gone: least_missed(bench.model, self.stacks, gone, bench.change))
 
     @property
     def order(self) -> list[Place]:
@@ -54,8 +54,8 @@ class Beginning:
             most = min(int((1 - for_layers(self.bench.model, self.budget)) * layers), MOST_DROPPED)
             self._order = []
             try:
-                while len(self._order) < most and (places := self._missed(tuple(self._order))):
-                    self._order.append(places[0])
+                while len(self._order) < most and (place := self._missed(tuple(self._order))) is not None:
+                    self._order.append(place)
             except ModelError:  # its layers cannot be skipped
                 self._order = []
         return self._order

@@ -7,12 +7,10 @@ answer moves on calibration data.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from layershare.errors import ModelError, PlanError
@@ -48,10 +46,8 @@ class Place(NamedTuple):
     position: int
 
 
-Missed = Callable[[tuple[Place, ...]], Sequence[Place]]
-"""The positions that are gone -> those that may go next, the one that is missed least beside them first."""
-LOOKED = 3
-"""So many of them are tried: what is missed least before the rest is fitted may not be so after it."""
+Missed = Callable[[tuple[Place, ...]], Place | None]
+"""The positions that are gone -> the one that would be missed least beside them."""
 TRIED = 512
 """Of many texts, plans are fitted on about so many to be compared; as many others judge them."""
 Fitted = Callable[[SharingPlan], PreTrainedModel]
@@ -71,68 +67,55 @@ def automatic(
 ) -> SharingPlan:
     """``auto``: low-rank factors fitted to the answer, their ranks spent where they save most of its change.
 
-    Then one position after another is dropped as long as its parameters do more good as ranks of the others (as in
-    ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer): of the few that are missed least, the one without
-    which the plan changes the answer least. Plans are compared as they would compute, not healed: as ``fitted`` makes
-    them, by default all maps in one go. ``unique``: drop who is missed least until so many positions of each stack are
-    left, whatever it does to the answer. ``missed``, by default ``missed_least``, is for who keeps what it found; not
-    with ``unique``. Raises PlanError if the budget is out of reach.
+    Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
+    good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
+    compared as they would compute, not healed: as ``fitted`` makes them, by default all maps in one go. ``unique``:
+    drop until so many positions of each stack are left, whatever it does to the answer; not with ``missed``, which is
+    ``least_missed`` for who keeps what it found. Raises PlanError if the budget is out of reach.
     """
     change = judged()
     stacks = [stack for stack in stacks if not stack.tied]
-    missed = missed or (lambda gone: missed_least(model, stacks, gone, change, unique or 1))
+    missed = missed or (lambda gone: least_missed(model, stacks, gone, change, unique or 1))
     moments = measured()
     pieces = decompose(model, stacks, moments)
     worth = {
         place: {weight: piece.spectrum for weight, piece in some.items()} for place, some in pieces.items()
     }
 
-    def moves(gone: Sequence[Place], plan: SharingPlan) -> float:
+    def moves(plan: SharingPlan) -> float:
         if fitted is not None:
             return change(fitted(plan))
         with _skipped(model, gone), _cut(model, pieces, plan):
             return change(model)
 
-    without = partial(spend, stacks, worth, budget)
-    if unique is None:
-        return _least_moving(without, moves, missed)
-    gone: tuple[Place, ...] = ()
-    while places := missed(gone):
-        gone = (*gone, places[0])
-    return without(gone)
-
-
-def _least_moving(
-    without: Callable[[tuple[Place, ...]], SharingPlan],
-    moves: Callable[[tuple[Place, ...], SharingPlan], float],
-    missed: Missed,
-) -> SharingPlan:
-    """Of plans without more and more positions the first that is not made better by one position less."""
-    best: tuple[float, tuple[Place, ...]] | None = None
-    refused = PlanError("there is nothing to share.")
-    choices: list[tuple[Place, ...]] = [()]
-    while choices:
-        found = []
-        for gone in tqdm(choices, desc=f"drop {len(choices[0])}", disable=None, leave=False):
+    gone: list[Place] = []
+    best: tuple[float, SharingPlan] | None = None
+    least = ""
+    while unique is not None and (next_ := missed(tuple(gone))) is not None:
+        gone.append(next_)
+    while True:
+        try:
+            plan = spend(stacks, worth, budget, gone)
+        except ValueError as error:  # even the smallest ranks are too many for these positions
+            least = str(error)
+        else:
+            if unique is not None:
+                return plan
             try:
-                plan = without(gone)
-            except PlanError as error:  # even the smallest ranks are too many for so many positions
-                refused = error
-                continue
-            try:
-                found.append((moves(gone, plan), gone))
-            except (ModelError, PlanError):  # it cannot do without these: T5 without its first
-                if not gone:
+                moved = moves(plan)
+            except (ModelError, PlanError):  # it cannot do without these positions: T5 without its first
+                if best is None:
                     raise
-        least = min(found, default=None)
-        if best is not None and (least is None or least >= best):
+                return best[1]
+            if best is not None and moved >= best[0]:
+                return best[1]
+            best = moved, plan
+        if (next_ := missed(tuple(gone))) is None:
             break
-        best = least
-        gone = choices[0] if least is None else least[1]
-        choices = [(*gone, place) for place in missed(gone)[:LOOKED]]
+        gone.append(next_)
     if best is None:
-        raise refused
-    return without(best[1])
+        raise PlanError(f"budget {budget:.1%} is out of reach: {least}.")
+    return best[1]
 
 
 def apart(batches: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -194,16 +177,14 @@ def spend(
     stacks: Sequence[Stack], worth: Mapping[Place, Mapping[Weight, Spectrum]], budget: float, gone: Sequence[Place] = ()
 ) -> SharingPlan:  # fmt: skip
     """The plan that drops ``gone`` and gives the other positions the ranks worth most within ``budget``, a fraction of
-    the layer parameters of all ``stacks``. Raises PlanError if the smallest ranks cost more."""
+    the layer parameters of all ``stacks``. Raises ValueError if the smallest ranks cost more."""
     kept = [(place, weight) for place in worth if place not in gone for weight in worth[place]]
     without = SharingPlan(stacks=tuple(_plan(stack, {}, gone) for stack in stacks))
     cost = predict(stacks, without)
     rest = cost.layer_unique - sum(weight.size for _, weight in kept)
-    spectra = [worth[place][weight] for place, weight in kept]
-    try:
-        ranks = allocate(spectra, int(budget * cost.layer_effective) - rest)
-    except ValueError as error:
-        raise PlanError(f"budget {budget:.1%} is out of reach: {error}.") from None
+    ranks = allocate(
+        [worth[place][weight] for place, weight in kept], int(budget * cost.layer_effective) - rest
+    )
     chosen = {key: rank for key, rank in zip(kept, ranks, strict=True) if rank is not None}
     return SharingPlan(stacks=tuple(_plan(stack, chosen, gone) for stack in stacks))
 
@@ -221,23 +202,23 @@ def _plan(stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequenc
     return StackPlan(name=stack.name, length=stack.length, groups=groups, drop=drop)
 
 
-def missed_least(
+def least_missed(
     model: PreTrainedModel, stacks: Sequence[Stack], gone: Sequence[Place], change: Change, keep: int = 1
-) -> list[Place]:
-    """The positions that may go, of stacks with more than ``keep``; that one first whose loss, beside ``gone``, changes
-    the answer least.
+) -> Place | None:
+    """The position whose loss, beside ``gone``, changes the answer least; None where no stack has more than ``keep``.
 
     Positions are skipped with a gate of 0, so any model works that can be gated, and nothing is rebuilt.
     """
     left = {
         stack.name: [p for p in range(stack.length) if Place(stack.name, p) not in gone] for stack in stacks
     }
-    costs = {}
+    choices = [Place(name, p) for name, positions in left.items() if len(positions) > keep for p in positions]
     with _skipped(model, gone):
-        for place in (Place(name, p) for name, some in left.items() if len(some) > keep for p in some):
+        costs = {}
+        for place in choices:
             with _skipped(model, [place]):
                 costs[place] = change(model)
-    return sorted(costs, key=costs.__getitem__)
+    return min(costs, key=costs.__getitem__, default=None)
 
 
 @contextmanager
