@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Encoder(Subject):
         "and of its Spearman on STS-B ({spearman:.4f}). Calibrated on 2,048 training texts, half of Debian,",
         "half of STS-B; layershare (auto) is fitted in order (`share --fit sequential`).",
     )
-    figures = {"r1": "R@1", "spearman": "Spearman"}  # noqa: RUF012
+    figures = {"r1": "R@1", "spearman": "Spearman", "agreement": "nearest as in the original"}  # noqa: RUF012
     basis_shares = (
         "attention.self.query.weight",
         "attention.self.key.weight",
@@ -77,16 +78,27 @@ class Encoder(Subject):
         return [batch for _, batch in batches(self.tokenizer, rows, 32)]
 
     def judge(self, model: Any) -> dict[str, float]:
-        r1 = sum(self.retrieved(model, test) for test in self.tests) / len(self.tests)
+        found = [self.nearest(model, test) for test in self.tests]
+        right = [(one == torch.arange(len(one))).float().mean() for one in found]
+        same = [(one == his).float().mean() for one, his in zip(found, self.originals, strict=True)]
         spearman = self.task.evaluate(model, self.tokenizer, self.scored)["spearman"]
-        return {"r1": r1, "spearman": spearman}
+        return {"r1": mean(right), "spearman": spearman, "agreement": mean(same)}
 
-    def retrieved(self, model: Any, test: list[tuple[str, str]]) -> float:
-        """R@1: the share of synopses whose own description is nearest."""
+    @cached_property
+    def originals(self) -> list[torch.Tensor]:
+        """What is nearest in the original."""
+        return [self.nearest(self.teacher, test) for test in self.tests]
+
+    def nearest(self, model: Any, test: list[tuple[str, str]]) -> torch.Tensor:
+        """Which of the descriptions is nearest to each synopsis."""
         short, long = (
             embed(model, self.tokenizer, list(side), max_length=LENGTH) for side in zip(*test, strict=True)
         )
-        return float(((short @ long.T).argmax(1) == torch.arange(len(short))).float().mean())
+        return (short @ long.T).argmax(1)
+
+
+def mean(values: list[torch.Tensor]) -> float:
+    return float(torch.stack(values).mean())
 
 
 def pairs(file: Path) -> list[tuple[str, str]]:

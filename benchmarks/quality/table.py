@@ -1,7 +1,7 @@
 """From rows to a section of the page: one table, and who is ahead at each budget."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from quality.peers import OURS, SIDES
@@ -12,7 +12,8 @@ Row = dict[str, Any]
 
 def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[str], ending: str) -> str:
     whole = next(row for row in rows if row["side"] == "original")
-    heads = [*subject.figures.values(), "MB on disk", "processor s"]
+    figures = {key: head for key, head in subject.figures.items() if all(key in row for row in rows)}
+    heads = [*figures.values(), "MB on disk", "processor s"]
     lines = [
         f"## Quality: {title}",
         "",
@@ -25,9 +26,9 @@ def section(subject: Subject, rows: Sequence[Row], title: str, told: Iterable[st
     budgets = sorted({row["budget"] for row in rows} - {1.0}, reverse=True)
     for budget in budgets:
         sides = sorted({row["side"] for row in rows if row["budget"] == budget}, key=order)
-        lines += [line(subject, budget, side, of(rows, side, budget), whole) for side in sides]
+        lines += [line(subject, figures, budget, side, of(rows, side, budget), whole) for side in sides]
     ours = [side for side in SIDES if side.startswith(OURS)]
-    verdicts = [verdict(subject, rows, budget, whole, side) for budget in budgets for side in ours]
+    verdicts = [verdict(subject, figures, rows, budget, whole, side) for budget in budgets for side in ours]
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     return "\n".join([*lines, "", *filter(None, verdicts), "", f"Commits: {commits}.", "", ending, ""])
 
@@ -40,11 +41,13 @@ def of(rows: Iterable[Row], side: str, budget: float) -> list[Row]:
     return [row for row in rows if (row["side"], row["budget"]) == (side, budget)]
 
 
-def line(subject: Subject, budget: float, side: str, rows: Sequence[Row], whole: Row) -> str:
-    figures = [shown(subject, key, rows, whole) for key in subject.figures]
+def line(
+    subject: Subject, figures: Iterable[str], budget: float, side: str, rows: Sequence[Row], whole: Row
+) -> str:
+    values = [shown(subject, key, rows, whole) for key in figures]
     stored = rows[0]["stored"] / whole["stored"]
     seconds = statistics.median(row["cpu"] for row in rows)
-    cells = [*figures, f"{rows[0]['bytes'] / 1e6:.1f}" if rows[0]["bytes"] else "", f"{seconds:.0f}"]
+    cells = [*values, f"{rows[0]['bytes'] / 1e6:.1f}" if rows[0]["bytes"] else "", f"{seconds:.0f}"]
     return f"| {budget:.0%} | {side} | {stored:.1%} | {' | '.join(cells)} |"
 
 
@@ -60,12 +63,14 @@ def value(subject: Subject, key: str, row: Row, whole: Row) -> float:
     return 100 * row[key] / whole[key] if subject.better(key) else row[key]
 
 
-def verdict(subject: Subject, rows: Sequence[Row], budget: float, whole: Row, side: str) -> str:
+def verdict(
+    subject: Subject, figures: Mapping[str, str], rows: Sequence[Row], budget: float, whole: Row, side: str
+) -> str:
     """Plainly whether this side of ours is ahead of every peer in each figure, among those that keep the budget."""
     sides = {row["side"] for row in rows if row["budget"] == budget}
     fit = [s for s in sides if of(rows, s, budget)[0]["stored"] <= 1.011 * budget * whole["stored"]]
     said = []
-    for key, head in subject.figures.items():
+    for key, head in figures.items():
         sign = 1 if subject.better(key) else -1  # more of it is better
         found = {s: [sign * value(subject, key, row, whole) for row in of(rows, s, budget)] for s in fit}
         mine = found.get(side)
