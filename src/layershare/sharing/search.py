@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layershare.errors import ModelError, PlanError
+from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.allocate import Spectrum, allocate
+from layershare.sharing.depth import can_drop
 from layershare.sharing.gate import add_gate, remove_gate
 from layershare.sharing.lowrank import root, unwhitened
 from layershare.sharing.make import drop_to, spread
@@ -101,12 +102,7 @@ def automatic(
         else:
             if unique is not None:
                 return plan
-            try:
-                moved = moves(plan)
-            except (ModelError, PlanError):  # it cannot do without these positions: T5 without its first
-                if best is None:
-                    raise
-                return best[1]
+            moved = moves(plan)
             if best is not None and moved >= best[0]:
                 return best[1]
             best = moved, plan
@@ -205,7 +201,8 @@ def _plan(stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequenc
 def least_missed(
     model: PreTrainedModel, stacks: Sequence[Stack], gone: Sequence[Place], change: Change, keep: int = 1
 ) -> Place | None:
-    """The position whose loss, beside ``gone``, changes the answer least; None where no stack has more than ``keep``.
+    """The position whose loss, beside ``gone``, changes the answer least, of those that can go (T5 needs its first);
+    None where no more can, or no stack has more than ``keep``.
 
     Positions are skipped with a gate of 0, so any model works that can be gated, and nothing is rebuilt.
     """
@@ -218,7 +215,15 @@ def least_missed(
         for place in choices:
             with _skipped(model, [place]):
                 costs[place] = change(model)
-    return min(costs, key=costs.__getitem__, default=None)
+    order = sorted(costs, key=costs.__getitem__)
+    return next((place for place in order if can_drop(model, _positions([*gone, place]))), None)
+
+
+def _positions(places: Sequence[Place]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for stack, position in places:
+        found.setdefault(stack, []).append(position)
+    return found
 
 
 @contextmanager
