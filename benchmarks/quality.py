@@ -137,7 +137,7 @@ def key(row: Row) -> tuple[Any, ...]:
 def judged(
     subject: Subject, make: Any, budget: float, seed: int, options: argparse.Namespace
 ) -> Iterator[tuple[str, Row]]:
-    """Make the side and judge it, before it is healed too: what training-free is, comes on the way.
+    """Make the side and judge it, on the usual pairs before it is healed too: what training-free is, comes on the way.
 
     Times are without measuring the calibration texts, once for all sides."""
     if make is not None:
@@ -148,8 +148,9 @@ def judged(
         return
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     heals = options.table == "healed" and make is not None
-    if heals:
+    if heals and options.sets == SETS:
         yield "training-free", {"healed": healing(options, 0), **figures(subject, made, wall, cpu)}
+    if heals:
         started, began = time.monotonic(), time.process_time()
         heal(subject, made, options, seed)
         wall, cpu = wall + time.monotonic() - started, cpu + time.process_time() - began
