@@ -153,6 +153,27 @@ def test_a_position_that_the_model_cannot_lose_is_kept(setting, unique):
     layershare.share(model, plan)  # it can be made
 
 
+def test_a_model_of_fixed_length_keeps_all_and_says_so_where_fewer_are_wanted(setting):
+    model, batches, change = setting("bert")
+
+    class Fixed(type(model)):
+        """Always of four layers, whatever its config says."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            while len(self.encoder.layer) < 4:
+                self.encoder.layer.append(type(self.encoder.layer[0])(config))
+
+    fixed = Fixed(model.config).eval()
+    fixed.load_state_dict(model.state_dict())
+    stacks, moments = find_stacks(fixed), measure(fixed, batches)
+    plan = search.automatic(fixed, stacks, 0.3, lambda: change, lambda: moments)
+    assert plan.stacks[0].drop == ()
+    assert layershare.predict(stacks, plan).ratio <= 0.3
+    with pytest.raises(PlanError, match=r"unique = 2: of the 4 layers of 'encoder.layer' 4 have to stay"):
+        search.automatic(fixed, stacks, 0.3, lambda: change, lambda: moments, unique=2)
+
+
 @pytest.mark.parametrize(("batches", "size", "fit", "judge"), [
     (1, 8, [0], [0]), (2, 8, [0], [1]), (5, 32, [0, 2, 4], [1, 3]), (64, 32, [*range(0, 64, 4)], [*range(1, 64, 4)]),
 ])  # fmt: skip

@@ -72,7 +72,8 @@ def automatic(
     good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
     compared as they would compute, not healed: as ``fitted`` makes them, by default all maps in one go. ``unique``:
     drop until so many positions of each stack are left, whatever it does to the answer; not with ``missed``, which is
-    ``least_missed`` for who keeps what it found. Raises PlanError if the budget is out of reach.
+    ``least_missed`` for who keeps what it found. Raises PlanError if the budget is out of reach, or ``unique`` asks for
+    less than has to stay.
     """
     change = judged()
     stacks = [stack for stack in stacks if not stack.tied]
@@ -92,8 +93,10 @@ def automatic(
     gone: list[Place] = []
     best: tuple[float, SharingPlan] | None = None
     least = ""
-    while unique is not None and (next_ := missed(tuple(gone))) is not None:
-        gone.append(next_)
+    if unique is not None:
+        while (next_ := missed(tuple(gone))) is not None:
+            gone.append(next_)
+        _refuse_fewer_than_stay(stacks, gone, unique)
     while True:
         try:
             plan = spend(stacks, worth, budget, gone)
@@ -112,6 +115,16 @@ def automatic(
     if best is None:
         raise PlanError(f"budget {budget:.1%} is out of reach: {least}.")
     return best[1]
+
+
+def _refuse_fewer_than_stay(stacks: Sequence[Stack], gone: Sequence[Place], unique: int) -> None:
+    for stack in stacks:
+        left = stack.length - sum(place.stack == stack.name for place in gone)
+        if left > unique:
+            raise PlanError(
+                f"unique = {unique}: of the {stack.length} layers of {stack.name!r} {left} have to stay.",
+                f"Give {left} or more, or leave it out.",
+            )
 
 
 def apart(batches: list[Any]) -> tuple[list[Any], list[Any]]:
