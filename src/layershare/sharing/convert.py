@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from layershare.errors import ModelError, PlanError
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import mark, plan_of, unmark
-from layershare.sharing.depth import drop_layers
+from layershare.sharing.depth import drop_layers, sketch
 from layershare.sharing.embedding import count_tokens
 from layershare.sharing.layout import Layout, find
 from layershare.sharing.moments import Moments, measure
@@ -185,3 +185,12 @@ def dropped(model: PreTrainedModel, plan: SharingPlan) -> PreTrainedModel:
         if one.drop:
             student = drop_layers(student, find(find_stacks(student, [one.name]), one.name), one.drop)
     return copy.deepcopy(model) if student is model else student
+
+
+def can_drop(model: PreTrainedModel, plan: SharingPlan) -> bool:
+    """Whether ``model`` can do without the positions that ``plan`` drops; tried on names and shapes alone."""
+    try:
+        dropped(sketch(model), plan)
+    except (ModelError, PlanError):
+        return False
+    return True

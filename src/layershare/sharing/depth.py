@@ -44,17 +44,10 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
     return shorter.to(model.device).train(model.training)  # type: ignore[arg-type]
 
 
-def can_drop(model: PreTrainedModel, gone: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a model like ``model`` can do without these positions of its stacks; tried on names and shapes alone."""
+def sketch(model: PreTrainedModel) -> PreTrainedModel:
+    """A model like ``model``, of names and shapes alone."""
     with torch.device("meta"):
-        shorter = _build(type(model), copy.deepcopy(model.config))
-    try:
-        for name, positions in gone.items():
-            stack = next(stack for stack in find_stacks(shorter, [name]) if stack.name == name)
-            shorter = drop_layers(shorter, stack, positions)
-    except (ModelError, PlanError):
-        return False
-    return True
+        return _build(type(model), copy.deepcopy(model.config))
 
 
 def _renumbered(

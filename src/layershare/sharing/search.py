@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from layershare.errors import PlanError
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.allocate import Spectrum, allocate
-from layershare.sharing.depth import can_drop
+from layershare.sharing.convert import can_drop
 from layershare.sharing.gate import add_gate, remove_gate
 from layershare.sharing.lowrank import root, unwhitened
 from layershare.sharing.make import drop_to, spread
@@ -188,14 +188,17 @@ def spend(
     """The plan that drops ``gone`` and gives the other positions the ranks worth most within ``budget``, a fraction of
     the layer parameters of all ``stacks``. Raises ValueError if the smallest ranks cost more."""
     kept = [(place, weight) for place in worth if place not in gone for weight in worth[place]]
-    without = SharingPlan(stacks=tuple(_plan(stack, {}, gone) for stack in stacks))
-    cost = predict(stacks, without)
+    cost = predict(stacks, _without(stacks, gone))
     rest = cost.layer_unique - sum(weight.size for _, weight in kept)
     ranks = allocate(
         [worth[place][weight] for place, weight in kept], int(budget * cost.layer_effective) - rest
     )
     chosen = {key: rank for key, rank in zip(kept, ranks, strict=True) if rank is not None}
     return SharingPlan(stacks=tuple(_plan(stack, chosen, gone) for stack in stacks))
+
+
+def _without(stacks: Sequence[Stack], gone: Sequence[Place]) -> SharingPlan:
+    return SharingPlan(stacks=tuple(_plan(stack, {}, gone) for stack in stacks))
 
 
 def _plan(stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequence[Place]) -> StackPlan:
@@ -229,14 +232,7 @@ def least_missed(
             with _skipped(model, [place]):
                 costs[place] = change(model)
     order = sorted(costs, key=costs.__getitem__)
-    return next((place for place in order if can_drop(model, _positions([*gone, place]))), None)
-
-
-def _positions(places: Sequence[Place]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for stack, position in places:
-        found.setdefault(stack, []).append(position)
-    return found
+    return next((place for place in order if can_drop(model, _without(stacks, [*gone, place]))), None)
 
 
 @contextmanager
