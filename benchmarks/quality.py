@@ -6,9 +6,11 @@
     python benchmarks/quality.py healed --steps 750 --learning-rate 1.5e-3 --budgets 0.56 0.5 0.33 \\
         --docs docs/benchmarks.md
     python benchmarks/quality.py decoder --budgets 0.8 --docs docs/benchmarks.md
+    python benchmarks/quality.py decoder-healed --steps 24 --batch-size 4 --learning-rate 1e-4 --set lambda_mse=0 \\
+        --budgets 0.8 --docs docs/benchmarks.md
 
-The encoder is the packaged all-MiniLM-L6-v2 (benchmarks/quality/encoder.py), the decoder Gemma 3 270M (decoder.py, not
-healed). Every side gets the same original and the same calibration texts, and when healed the same texts, loss, steps,
+The encoder is the packaged all-MiniLM-L6-v2 (benchmarks/quality/encoder.py), the decoder Gemma 3 270M (decoder.py).
+Every side gets the same original and the same calibration texts, and when healed the same texts, loss, steps,
 learning rate and seeds; a seed also draws the calibration texts. Rows are appended to ``--results`` as they come, so
 an interrupted run goes on where it stopped; a row is made anew when it is deleted there. ``--official FOLDER`` (a clone
 of TUDa-HWAI/Basis_Sharing) adds the authors' own code as a side, not healed; ``check`` compares their bases with ours.
@@ -41,12 +43,14 @@ from layershare.heal.folder import layer_map
 
 BUDGETS = (0.8, 0.56, 0.5, 0.33, 0.25)
 RATE = 5e-4
+HEALED = {"healed": "training-free", "decoder-healed": "decoder"}
+"""Tables of healed models -> of the same before."""
 HERE = Path(__file__).parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=["training-free", "healed", "decoder", "check"])
+    parser.add_argument("table", choices=[*HEALED, *HEALED.values(), "check"])
     parser.add_argument("--debian", type=Path, default=Path("out/debian"))
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--sides", nargs="+", help="only these: names, or beginnings of names")
@@ -91,7 +95,7 @@ def main() -> None:
 
 
 def subject_of(options: argparse.Namespace) -> Subject:
-    if options.table == "decoder":
+    if options.table.startswith("decoder"):
         from quality.decoder import Decoder
 
         return Decoder(options.debian, options.out)
@@ -147,9 +151,9 @@ def judged(
     if made is None:
         return
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-    heals = options.table == "healed" and make is not None
+    heals = options.table in HEALED and make is not None
     if heals and options.sets == SETS:
-        yield "training-free", {"healed": healing(options, 0), **figures(subject, made, wall, cpu)}
+        yield HEALED[options.table], {"healed": healing(options, 0), **figures(subject, made, wall, cpu)}
     if heals:
         started, began = time.monotonic(), time.process_time()
         heal(subject, made, options, seed)
@@ -190,7 +194,7 @@ def heal(subject: Any, made: Made, options: argparse.Namespace, seed: int) -> No
 
 def healing(options: argparse.Namespace, steps: int | None = None) -> dict[str, Any]:
     """How a row was made: what tells it from other rows of its table."""
-    steps = (options.steps if options.table == "healed" else 0) if steps is None else steps
+    steps = (options.steps if options.table in HEALED else 0) if steps is None else steps
     said: dict[str, Any] = {"steps": steps} | ({} if options.sets == SETS else {"sets": options.sets})
     if not steps:
         return said
@@ -215,18 +219,17 @@ COMMIT = commit()
 
 
 def title(options: argparse.Namespace) -> str:
-    if options.table == "decoder":
-        return "a decoder, training-free"
+    what = "a decoder" if options.table.startswith("decoder") else "a sentence encoder"
     how = "training-free"
-    if options.table == "healed":
+    if options.table in HEALED:
         how = f"healed by {options.steps} steps"
         how += f" at {options.learning_rate:g}" if options.learning_rate != RATE else ""
     judged = f", judged on {options.sets * BLOCK:,} pairs" if options.sets != SETS else ""
-    return f"a sentence encoder, {how}{judged}"
+    return f"{what}, {how}{judged}"
 
 
 def told(options: argparse.Namespace) -> list[str]:
-    if options.table != "healed":
+    if options.table not in HEALED:
         return ["Mean and (lowest to highest) where several draws of calibration texts were tried."]
     return [
         f"{options.steps} steps of {options.batch_size} texts, one loss, one learning rate",
@@ -237,7 +240,7 @@ def told(options: argparse.Namespace) -> list[str]:
 
 def command(options: argparse.Namespace) -> str:
     words = ["python benchmarks/quality.py", options.table]
-    if options.table == "healed":
+    if options.table in HEALED:
         words += ["--steps", str(options.steps), "--batch-size", str(options.batch_size)]
         words += ["--learning-rate", f"{options.learning_rate:g}"]
         words += ["--set", *options.set] if options.set else []

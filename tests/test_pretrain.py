@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from safetensors import safe_open
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -155,6 +156,17 @@ def test_packed_blocks_are_the_joined_documents_cut_and_nothing_else(tokenizer, 
     assert write_tokens(tmp_path / "t.npy", iter(()), 300, "key") == len(flat)  # found again
     assert write_tokens(tmp_path / "t.npy", iter([[70000]]), 70001, "other") == 1
     assert np.load(tmp_path / "t.npy").tolist() == [70000]
+
+
+def test_blocks_for_a_causal_model_begin_as_a_text_does_and_end_anywhere(tokenizer, toy):
+    texts = ["the cat sits", "a dog", "the bird sings on a man"] * 4
+    bare = train_tokenizer(documents(toy), "byte-level BPE", 300)
+    assert causal_lm.frame(bare) == Frame((), (), bare.eos_token_id)
+    assert causal_lm.frame(tokenizer) == Frame((2,), (), 3)
+    blocks = causal_lm.encode(tokenizer, Dataset.from_dict({"text": texts}), 9)["input_ids"]
+    flat = [token for text in texts for token in (*tokenizer(text, add_special_tokens=False)["input_ids"], 3)]
+    assert all(block[0] == 2 and len(block) == 9 for block in blocks[:-1])
+    assert [token for block in blocks for token in block[1:]] == flat
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

