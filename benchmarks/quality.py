@@ -8,10 +8,14 @@
     python benchmarks/quality.py decoder --budgets 0.8 --docs docs/benchmarks.md
     python benchmarks/quality.py decoder-healed --steps 24 --batch-size 4 --learning-rate 1e-4 --set lambda_mse=0 \\
         --budgets 0.8 --docs docs/benchmarks.md
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+    python benchmarks/emoji.py out/emoji emoji-datasource-*.tgz
+    python benchmarks/quality.py vision --docs docs/benchmarks.md
 
-The encoder is the packaged all-MiniLM-L6-v2 (benchmarks/quality/encoder.py), the decoder Gemma 3 270M (decoder.py).
-Every side gets the same original and the same calibration texts, and when healed the same texts, loss, steps,
-learning rate and seeds; a seed also draws the calibration texts. Rows are appended to ``--results`` as they come, so
+The encoder is the packaged all-MiniLM-L6-v2 (benchmarks/quality/encoder.py), the decoder Gemma 3 270M (decoder.py), the
+vision model a DINOv2-small (vision.py). Every side gets the same original and the same calibration texts, and when
+healed the same texts, loss, steps, learning rate and seeds; a seed also draws the calibration texts. Rows are appended
+to ``--results`` as they come, so
 an interrupted run goes on where it stopped; a row is made anew when it is deleted there. ``--official FOLDER`` (a clone
 of TUDa-HWAI/Basis_Sharing) adds the authors' own code as a side, not healed; ``check`` compares their bases with ours.
 """
@@ -43,7 +47,7 @@ from layershare.heal.folder import layer_map
 
 BUDGETS = (0.8, 0.56, 0.5, 0.33, 0.25)
 RATE = 5e-4
-HEALED = {"healed": "training-free", "decoder-healed": "decoder"}
+HEALED = {"healed": "training-free", "decoder-healed": "decoder", "vision-healed": "vision"}
 """Tables of healed models -> of the same before."""
 HERE = Path(__file__).parent
 
@@ -52,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=[*HEALED, *HEALED.values(), "check"])
     parser.add_argument("--debian", type=Path, default=Path("out/debian"))
+    parser.add_argument("--images", type=Path, default=Path("out/emoji"))
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--sides", nargs="+", help="only these: names, or beginnings of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -99,6 +104,10 @@ def subject_of(options: argparse.Namespace) -> Subject:
         from quality.decoder import Decoder
 
         return Decoder(options.debian, options.out)
+    if options.table.startswith("vision"):
+        from quality.vision import Vision
+
+        return Vision(options.images, options.out)
     return Encoder(options.debian, options.out, options.sets)
 
 
@@ -219,7 +228,9 @@ COMMIT = commit()
 
 
 def title(options: argparse.Namespace) -> str:
-    what = "a decoder" if options.table.startswith("decoder") else "a sentence encoder"
+    what = {"decoder": "a decoder", "vision": "a vision model"}.get(
+        options.table.partition("-")[0], "a sentence encoder"
+    )
     how = "training-free"
     if options.table in HEALED:
         how = f"healed by {options.steps} steps"

