@@ -11,9 +11,12 @@ from transformers import Dinov2Backbone, Dinov2Config
 
 import layershare
 from laws import gates_only, loss, output, same
+from layershare.architectures.inputs import run
+from layershare.architectures.small import small_model
 from layershare.errors import ModelError, TieError
 from layershare.linear import GATE
 from layershare.plan import Gate, SharingPlan, StackPlan
+from layershare.sharing.convert import can_drop
 from layershare.sharing.gate import add_gate, has_gate, remove_gate
 
 
@@ -50,6 +53,27 @@ def test_a_backbone_hands_on_what_comes_after_the_same_layers(stages):
     assert dropped.config.num_hidden_layers == 3
     for ours, theirs in zip(dropped(images).feature_maps, gated(images).feature_maps, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["beit", "data2vec-audio", "dots3_note_text", "gemma4_text"])
+def test_what_a_config_and_a_table_have_of_each_layer_goes_with_it(kind):
+    small = small_model(kind)
+    model, inputs = small.model, small.inputs
+    (stack,) = layershare.find_stacks(model)
+    for gone in (0, 2):
+        gated = layershare.share(model, gates_only(model, *(float(p != gone) for p in range(4))))
+        plan = SharingPlan(stacks=(StackPlan(name=stack.name, length=4, drop=(gone,)),))
+        assert can_drop(model, plan)
+        assert all(map(torch.equal, run(layershare.share(model, plan), inputs), run(gated, inputs)))
+
+
+def test_a_layer_that_a_config_makes_another_of_is_kept():
+    model = small_model("gemma4_text").model
+    (stack,) = layershare.find_stacks(model)
+    plan = SharingPlan(stacks=(StackPlan(name=stack.name, length=4, drop=(3,)),))
+    assert not can_drop(model, plan)
+    with pytest.raises(ModelError, match="cannot be shortened"):
+        layershare.share(model, plan)
 
 
 def test_between_is_between(tiny, batch_for):

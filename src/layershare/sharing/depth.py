@@ -25,9 +25,14 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
     with model.device:  # a model of names and shapes alone stays one
         shorter = _build(type(model), config)
     # The tensors themselves, each in its own precision, with the buffers that no checkpoint keeps.
-    state = {name: value.clone() for name, value in _renumbered(model.state_dict(), stack, kept)}
-    missing, unexpected = shorter.load_state_dict(state, strict=False, assign=True)
-    if wrong := [*missing, *unexpected]:
+    shapes = {name: value.shape for name, value in shorter.state_dict().items()}
+    state = {
+        name: _cut(value, shapes.get(name, value.shape), stack.length, kept).clone()
+        for name, value in _renumbered(model.state_dict(), stack, kept)
+    }
+    odd = [name for name, value in state.items() if value.shape != shapes.get(name, value.shape)]
+    missing, unexpected = ([], []) if odd else shorter.load_state_dict(state, strict=False, assign=True)
+    if wrong := [*odd, *missing, *unexpected]:
         raise PlanError(
             f"dropping positions {list(positions)} of {stack.name!r} leaves {wrong[0]} without a place.",
             "Keep the first position of this stack." if 0 in positions else "Keep layers of one kind.",
@@ -47,7 +52,8 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
 def sketch(model: PreTrainedModel) -> PreTrainedModel:
     """A model like ``model``, of names and shapes alone."""
     with torch.device("meta"):
-        return _build(type(model), copy.deepcopy(model.config))
+        # What a model makes by torch.Tensor(size) does not follow the device.
+        return _build(type(model), copy.deepcopy(model.config)).to("meta")  # type: ignore[arg-type]
 
 
 def _renumbered(
@@ -62,6 +68,15 @@ def _renumbered(
         position, _, rest = name.removeprefix(f"{stack.name}.").partition(".")
         if position in new:
             yield f"{stack.name}.{new[position]}.{rest}", tensor
+
+
+def _cut(tensor: Tensor, shape: torch.Size, length: int, kept: Sequence[int]) -> Tensor:
+    """``tensor``, or, where it has a part for each layer (Gemma 4 embeds words for each), those of the kept ones."""
+    chosen = torch.tensor(kept, device=tensor.device)
+    for axis, (had, has) in enumerate(zip(tensor.shape, shape, strict=False)):
+        if had != has and had * len(kept) == has * length:
+            tensor = tensor.unflatten(axis, (length, -1)).index_select(axis, chosen).flatten(axis, axis + 1)
+    return tensor
 
 
 def _build(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -79,19 +94,20 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
         changed = copy.deepcopy(values)
         owner = _walk(changed, path[:-1])
         owner[path[-1]] = len(kept)
-        for key, value in owner.items():
-            if isinstance(value, list | tuple) and len(value) == stack.length:
-                owner[key] = [value[position] for position in kept]
-        owner |= _stages(owner, stack, kept)
+        cut = _of_kept(owner, stack.length, kept)
+        owner |= cut
         try:
-            config = type(model.config).from_dict(changed)
+            config = type(model.config).from_dict(copy.deepcopy(changed))  # it may write into lists
             config._attn_implementation = model.config._attn_implementation
             with torch.device("meta"):
                 short = _build(type(model), config)
             found = {other.name: other.length for other in find_stacks(short, lengths)}
+            taken = _walk(config.to_dict(), path[:-1])
         except Exception:  # noqa: S112 - a field that does not build is not the one we look for
             continue
-        if found == wanted:
+        # A config may set right what we say of the layers: Gemma 4 makes the last one read all tokens.
+        said = {key: value for key, value in cut.items() if isinstance(value, list)}
+        if found == wanted and all(list(taken.get(key) or value) == value for key, value in said.items()):
             return config
     raise ModelError(
         f"no field of {type(model.config).__name__} sets the length of {stack.name!r} alone: it cannot be shortened.",
@@ -99,16 +115,23 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
     )
 
 
-def _stages(values: Mapping[str, Any], stack: Stack, kept: Sequence[int]) -> dict[str, Any]:
-    """What a backbone hands on stays what comes after the same layers. Its stages are the stem, then one a layer."""
-    names, chosen = values.get("stage_names"), values.get("out_indices")
-    if not chosen or not names or len(names) != stack.length + 1:
-        return {}
-    after = [index % len(names) for index in chosen]
-    return {
-        "out_indices": [sum(position < index for position in kept) for index in after],
-        "out_features": None,
+def _of_kept(values: Mapping[str, Any], length: int, kept: Sequence[int]) -> dict[str, Any]:
+    """Those of a config's ``values`` that say something of each layer, for the kept ones.
+
+    What a backbone hands on stays what comes after the same layers: its stages are the stem, then one a layer."""
+    lists = {key: value for key, value in values.items() if isinstance(value, list | tuple)}
+    changed: dict[str, Any] = {
+        key: [value[position] for position in kept] for key, value in lists.items() if len(value) == length
     }
+    own = {int(position): value for position, value in (values.get("per_layer_config") or {}).items()}
+    if own:
+        changed["per_layer_config"] = {i: own[position] for i, position in enumerate(kept) if position in own}
+    names, handed = lists.get("stage_names", ()), lists.get("out_indices")
+    if handed and len(names) == length + 1:
+        after = [index % len(names) for index in handed]
+        changed["out_indices"] = [sum(position < index for position in kept) for index in after]
+        changed["out_features"] = None
+    return changed
 
 
 def _fields(values: dict[str, Any], length: int, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
