@@ -13,7 +13,7 @@ import layershare
 from laws import gates_only, loss, output, same
 from layershare.architectures.inputs import run
 from layershare.architectures.small import small_model
-from layershare.errors import ModelError, TieError
+from layershare.errors import LayershareError, ModelError, TieError
 from layershare.linear import GATE
 from layershare.plan import Gate, SharingPlan, StackPlan
 from layershare.sharing.convert import can_drop
@@ -67,12 +67,15 @@ def test_what_a_config_and_a_table_have_of_each_layer_goes_with_it(kind):
         assert all(map(torch.equal, run(layershare.share(model, plan), inputs), run(gated, inputs)))
 
 
-def test_a_layer_that_a_config_makes_another_of_is_kept():
-    model = small_model("gemma4_text").model
+@pytest.mark.parametrize(
+    ("kind", "gone", "said"), [("gemma4_text", 3, "cannot be shortened"), ("diffllama", 1, "lambda_init is")]
+)
+def test_a_layer_is_kept_without_which_others_would_be_of_another_kind(kind, gone, said):
+    model = small_model(kind).model
     (stack,) = layershare.find_stacks(model)
-    plan = SharingPlan(stacks=(StackPlan(name=stack.name, length=4, drop=(3,)),))
+    plan = SharingPlan(stacks=(StackPlan(name=stack.name, length=4, drop=(gone,)),))
     assert not can_drop(model, plan)
-    with pytest.raises(ModelError, match="cannot be shortened"):
+    with pytest.raises(LayershareError, match=said):
         layershare.share(model, plan)
 
 

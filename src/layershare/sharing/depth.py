@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -18,13 +18,19 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
 
     The config field that sets the stack's length is found by trying: building the model on the meta device shows what
     each integer field of that value does. (Layer drop as in DistilBERT, Sanh et al., 2019, 1910.01108.)
-    Raises ModelError if no field does it, PlanError if a later layer lacks parameters that the first one brings.
+    Raises ModelError if no field does it, PlanError if a later layer lacks parameters that the first one brings, or if
+    what a kept layer does follows from its place (DiffLlama).
     """
     kept = [position for position in range(stack.length) if position not in positions]
     config = _shorter_config(model, stack, kept)
     with model.device:  # a model of names and shapes alone stays one
         shorter = _build(type(model), config)
     # The tensors themselves, each in its own precision, with the buffers that no checkpoint keeps.
+    if changed := _other_kind(model, shorter, stack, kept):
+        raise PlanError(
+            f"dropping positions {list(positions)} of {stack.name!r} changes others: {changed}.",
+            "Gate them instead (value 0).",
+        )
     shapes = {name: value.shape for name, value in shorter.state_dict().items()}
     state = {
         name: _cut(value, shapes.get(name, value.shape), stack.length, kept).clone()
@@ -68,6 +74,24 @@ def _renumbered(
         position, _, rest = name.removeprefix(f"{stack.name}.").partition(".")
         if position in new:
             yield f"{stack.name}.{new[position]}.{rest}", tensor
+
+
+def _other_kind(model: nn.Module, shorter: nn.Module, stack: Stack, kept: Sequence[int]) -> str:
+    """What a kept layer is made with that follows from its place, unless it is its number, or for training alone."""
+    for new, old in enumerate(kept):
+        now = dict(shorter.get_submodule(f"{stack.name}.{new}").named_modules())
+        for name, module in model.get_submodule(f"{stack.name}.{old}").named_modules():
+            other = now.get(name)
+            if type(other) is not type(module) or isinstance(module, nn.Dropout):
+                continue
+            for key, value in vars(module).items():
+                if not isinstance(value, bool | int | float | str) or key == "training" or "drop" in key:
+                    continue
+                made = vars(other).get(key, value)
+                number = type(value) is type(made) is int and value - made == old - new
+                if made != value and not number:
+                    return f"{'.'.join(filter(None, (str(old), name, key)))} is {value}, and would be {made}"
+    return ""
 
 
 def _cut(tensor: Tensor, shape: torch.Size, length: int, kept: Sequence[int]) -> Tensor:
