@@ -55,7 +55,7 @@ def test_a_backbone_hands_on_what_comes_after_the_same_layers(stages):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", ["beit", "data2vec-audio", "dots3_note_text", "gemma4_text"])
+@pytest.mark.parametrize("kind", ["bamba", "beit", "data2vec-audio", "dots3_note_text", "gemma4_text"])
 def test_what_a_config_and_a_table_have_of_each_layer_goes_with_it(kind):
     small = small_model(kind)
     model, inputs = small.model, small.inputs

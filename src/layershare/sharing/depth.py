@@ -1,6 +1,7 @@
 """Drop positions: a shorter model of the same class, its config right, its layers numbered anew."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,10 @@ from transformers.initialization import no_init_weights
 
 from layershare.errors import ModelError, PlanError
 from layershare.stacks import Stack, find_stacks
+
+NUMBERS = re.compile(r"^(?!.*proj).*(indices|indexes|idxs|layers|layer_ids|blocks)$")
+"""Fields that number some layers: ``attn_layer_indices``, ``moe_layers``. Those that say what is projected number
+others."""
 
 
 def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) -> PreTrainedModel:
@@ -26,11 +31,6 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
     with model.device:  # a model of names and shapes alone stays one
         shorter = _build(type(model), config)
     # The tensors themselves, each in its own precision, with the buffers that no checkpoint keeps.
-    if changed := _other_kind(model, shorter, stack, kept):
-        raise PlanError(
-            f"dropping positions {list(positions)} of {stack.name!r} changes others: {changed}.",
-            "Gate them instead (value 0).",
-        )
     shapes = {name: value.shape for name, value in shorter.state_dict().items()}
     state = {
         name: _cut(value, shapes.get(name, value.shape), stack.length, kept).clone()
@@ -114,12 +114,12 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
     values = model.config.to_dict()
     lengths = {other.name: other.length for other in find_stacks(model, [stack.name])}
     wanted = lengths | {stack.name: len(kept)}
+    changes = ""
     for path in _fields(values, stack.length):
         changed = copy.deepcopy(values)
         owner = _walk(changed, path[:-1])
-        owner[path[-1]] = len(kept)
         cut = _of_kept(owner, stack.length, kept)
-        owner |= cut
+        owner |= {path[-1]: len(kept), **cut}
         try:
             config = type(model.config).from_dict(copy.deepcopy(changed))  # it may write into lists
             config._attn_implementation = model.config._attn_implementation
@@ -131,8 +131,16 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
             continue
         # A config may set right what we say of the layers: Gemma 4 makes the last one read all tokens.
         said = {key: value for key, value in cut.items() if isinstance(value, list)}
-        if found == wanted and all(list(taken.get(key) or value) == value for key, value in said.items()):
+        if found != wanted or any(list(taken.get(key) or value) != value for key, value in said.items()):
+            continue
+        changes = _other_kind(model, short, stack, kept)
+        if not changes:
             return config
+    if changes:
+        raise PlanError(
+            f"{stack.name!r} of only the positions {list(kept)} changes these: {changes}.",
+            "Gate the others instead (value 0).",
+        )
     raise ModelError(
         f"no field of {type(model.config).__name__} sets the length of {stack.name!r} alone: it cannot be shortened.",
         "Gate them instead (value 0).",
@@ -140,22 +148,31 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
 
 
 def _of_kept(values: Mapping[str, Any], length: int, kept: Sequence[int]) -> dict[str, Any]:
-    """Those of a config's ``values`` that say something of each layer, for the kept ones.
+    """Those of a config's ``values`` that say something of each layer, or number some of them, for the kept ones.
 
     What a backbone hands on stays what comes after the same layers: its stages are the stem, then one a layer."""
-    lists = {key: value for key, value in values.items() if isinstance(value, list | tuple)}
-    changed: dict[str, Any] = {
-        key: [value[position] for position in kept] for key, value in lists.items() if len(value) == length
-    }
-    own = {int(position): value for position, value in (values.get("per_layer_config") or {}).items()}
-    if own:
-        changed["per_layer_config"] = {i: own[position] for i, position in enumerate(kept) if position in own}
-    names, handed = lists.get("stage_names", ()), lists.get("out_indices")
+    lists = {key: list(value) for key, value in values.items() if isinstance(value, list | tuple)}
+    new = {old: i for i, old in enumerate(kept)}
+    changed: dict[str, Any] = {}
+    names, handed = lists.get("stage_names", ()), lists.pop("out_indices", ())
     if handed and len(names) == length + 1:
         after = [index % len(names) for index in handed]
         changed["out_indices"] = [sum(position < index for position in kept) for index in after]
         changed["out_features"] = None
+    for key, value in lists.items():
+        if NUMBERS.search(key) and _numbers(value, length):
+            changed[key] = [new[old] for old in value if old in new]
+        elif len(value) == length:
+            changed[key] = [value[position] for position in kept]
+    own = {int(position): value for position, value in (values.get("per_layer_config") or {}).items()}
+    if own:
+        changed["per_layer_config"] = {new[old]: value for old, value in own.items() if old in new}
     return changed
+
+
+def _numbers(value: list[Any], length: int) -> bool:
+    """Whether these are positions of layers, in order."""
+    return all(type(one) is int and 0 <= one < length for one in value) and value == sorted(set(value))
 
 
 def _fields(values: dict[str, Any], length: int, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
