@@ -36,13 +36,13 @@ def drop_layers(model: PreTrainedModel, stack: Stack, positions: Sequence[int]) 
         name: _cut(value, shapes.get(name, value.shape), stack.length, kept).clone()
         for name, value in _renumbered(model.state_dict(), stack, kept)
     }
-    odd = [name for name, value in state.items() if value.shape != shapes.get(name, value.shape)]
-    missing, unexpected = ([], []) if odd else shorter.load_state_dict(state, strict=False, assign=True)
-    if wrong := [*odd, *missing, *unexpected]:
+    found = {name: value.shape for name, value in state.items()}
+    if wrong := [name for name in found | shapes if found.get(name) != shapes.get(name)]:
         raise PlanError(
             f"dropping positions {list(positions)} of {stack.name!r} leaves {wrong[0]} without a place.",
             "Keep the first position of this stack." if 0 in positions else "Keep layers of one kind.",
         )
+    shorter.load_state_dict(state, assign=True)
     shorter.tie_weights()
     for name, buffer in _renumbered(dict(model.named_buffers()), stack, kept):
         if name not in state:
