@@ -85,7 +85,9 @@ def _other_kind(model: nn.Module, shorter: nn.Module, stack: Stack, kept: Sequen
             if type(other) is not type(module) or isinstance(module, nn.Dropout):
                 continue
             for key, value in vars(module).items():
-                if not isinstance(value, bool | int | float | str) or key == "training" or "drop" in key:
+                if not isinstance(value, bool | int | float | str):
+                    continue
+                if key == "training" or key.startswith("_") or "drop" in key:
                     continue
                 made = vars(other).get(key, value)
                 number = type(value) is type(made) is int and value - made == old - new
