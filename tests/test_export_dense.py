@@ -141,7 +141,7 @@ def test_a_position_that_cannot_be_left_out_is_named(tiny, tmp_path):
     saved(model, gates_only(model, 0), tmp_path / "shared")  # its table of relative positions serves all
     with pytest.raises(
         ModelError,
-        match=r"gates of 0 skip positions \[0\] of 'encoder.block'.*relative_attention_bias.weight without a place",
+        match=r"gates of 0 skip positions \[0\] of 'encoder.block'.*has_relative_attention_bias is False",
     ):
         export(tmp_path / "shared", tmp_path / "dense")
 

@@ -139,9 +139,10 @@ def _shorter_config(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -
         if not changes:
             return config
     if changes:
+        gone = [position for position in range(stack.length) if position not in kept]
         raise PlanError(
-            f"{stack.name!r} of only the positions {list(kept)} changes these: {changes}.",
-            "Gate the others instead (value 0).",
+            f"dropping positions {gone} of {stack.name!r} changes others: {changes}.",
+            "Keep the first position of this stack." if 0 in gone else "Gate them instead (value 0).",
         )
     raise ModelError(
         f"no field of {type(model.config).__name__} sets the length of {stack.name!r} alone: it cannot be shortened.",
