@@ -6,7 +6,7 @@
     python benchmarks/quality.py healed --steps 750 --learning-rate 1.5e-3 --budgets 0.56 0.5 0.33 \\
         --docs docs/benchmarks.md
     python benchmarks/quality.py decoder --budgets 0.8 --docs docs/benchmarks.md
-    python benchmarks/quality.py decoder-healed --steps 24 --batch-size 4 --learning-rate 1e-4 --set lambda_mse=0 \\
+    python benchmarks/quality.py decoder-healed --steps 16 --batch-size 2 --learning-rate 5e-5 --set lambda_mse=0 \\
         --budgets 0.8 --docs docs/benchmarks.md
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python benchmarks/emoji.py out/emoji emoji-datasource-*.tgz
