@@ -15,9 +15,9 @@
 The encoder is the packaged all-MiniLM-L6-v2 (benchmarks/quality/encoder.py), the decoder Gemma 3 270M (decoder.py), the
 vision model a DINOv2-small (vision.py). Every side gets the same original and the same calibration texts, and when
 healed the same texts, loss, steps, learning rate and seeds; a seed also draws the calibration texts. Rows are appended
-to ``--results`` as they come, so
-an interrupted run goes on where it stopped; a row is made anew when it is deleted there. ``--official FOLDER`` (a clone
-of TUDa-HWAI/Basis_Sharing) adds the authors' own code as a side, not healed; ``check`` compares their bases with ours.
+to ``--results`` as they come, so an interrupted run goes on where it stopped; a row is made anew when it is deleted
+there. ``--official FOLDER`` (a clone of TUDa-HWAI/Basis_Sharing) adds the authors' own code as a side, not healed;
+``check`` compares their bases with ours.
 """
 
 import argparse
