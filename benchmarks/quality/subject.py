@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Subject:
     """Sides that do not run on this model."""
     length: int
     """Tokens of a text."""
+    judged: str
+    """Short hash of what models are judged on."""
 
     def __init__(self, teacher: Any, task: Any, tokenizer: Any, folder: Path) -> None:
         self.teacher, self.task, self.tokenizer, self.folder = teacher, task, tokenizer, folder
@@ -83,10 +85,8 @@ class Subject:
         return output_change(self.task, self.teacher, batches)
 
     def _kept(self, what: str, measure: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        key = hashlib.sha256()
-        for batch in self.calibration:
-            key.update(batch[self.teacher.main_input_name].numpy().tobytes())
-        file = self.folder / "moments" / f"{type(self).__name__.lower()}-{what}-{key.hexdigest()[:12]}.pt"
+        key = short_hash(batch[self.teacher.main_input_name].numpy().tobytes() for batch in self.calibration)
+        file = self.folder / "moments" / f"{type(self).__name__.lower()}-{what}-{key}.pt"
         if file.exists():
             return torch.load(file, weights_only=True)
         started = time.process_time()
@@ -97,3 +97,10 @@ class Subject:
         torch.save(found, part)
         part.rename(file)
         return found
+
+
+def short_hash(parts: Iterable[bytes]) -> str:
+    key = hashlib.sha256()
+    for part in parts:
+        key.update(part)
+    return key.hexdigest()[:12]
