@@ -128,10 +128,26 @@ def test_plans_are_compared_as_they_will_be_fitted(setting):
         tried.append((change(student), plan))
         return student
 
-    plan = search.automatic(model, stacks, 0.4, lambda: change, lambda: moments, fitted=fitted)
+    plan = search.automatic(model, stacks, 0.2, lambda: change, lambda: moments, fitted=fitted)
     assert [len(one.stacks[0].drop) for _, one in tried] == list(range(len(tried)))
     assert len(tried) > 1
     assert plan == min(tried, key=lambda one: one[0])[1]
+
+
+def test_nothing_is_fitted_where_a_position_is_missed_far_more_than_all_that_is_saved(setting):
+    model, batches, _ = setting("bert")
+    stacks = find_stacks(model)
+
+    def change(other):
+        return 2.5 if any(has_gate(layer) for layer in other.encoder.layer) else 1.0
+
+    def fitted(_):
+        raise AssertionError("fitted")
+
+    plan = search.automatic(
+        model, stacks, 0.4, lambda: change, lambda: measure(model, batches), fitted=fitted
+    )
+    assert plan.stacks[0].drop == ()
 
 
 @pytest.mark.parametrize("unique", [None, 2])

@@ -7,6 +7,7 @@ answer moves on calibration data.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,9 @@ TRIED = 512
 """Of many texts, plans are fitted on about so many to be compared; as many others judge them."""
 Fitted = Callable[[SharingPlan], PreTrainedModel]
 """A plan -> a model that shares by it, fitted as it will be."""
+HOPELESS = 2.0
+"""A position whose loss alone changes the answer so many times as much as the best plan does is kept, without a fit of
+what would be left: fits made up for half of a loss at most (docs/log.md)."""
 
 
 def automatic(
@@ -70,8 +74,9 @@ def automatic(
 
     Then one position after another is dropped, always the one that is missed least, as long as its parameters do more
     good as ranks of the others (as in ShortGPT, Men et al., 2024, 2403.03853, but judged at the answer). The plans are
-    compared as they would compute, not healed: as ``fitted`` makes them, by default all maps in one go. ``unique``:
-    drop until so many positions of each stack are left, whatever it does to the answer; not with ``missed``, which is
+    compared as they would compute, not healed: as ``fitted`` makes them, by default all maps in one go; where the next
+    position is missed too much by itself (``HOPELESS``), nothing is fitted to find that out. ``unique``: drop until so
+    many positions of each stack are left, whatever it does to the answer; not with ``missed``, which is
     ``least_missed`` for who keeps what it found. Raises PlanError if the budget is out of reach, or ``unique`` asks for
     less than has to stay.
     """
@@ -84,18 +89,25 @@ def automatic(
         place: {weight: piece.spectrum for weight, piece in some.items()} for place, some in pieces.items()
     }
 
-    def moves(plan: SharingPlan) -> float:
-        if fitted is not None:
-            return change(fitted(plan))
+    @cache
+    def in_one_go(plan: SharingPlan, gone: tuple[Place, ...]) -> float:
         with _skipped(model, gone), _cut(model, pieces, plan):
             return change(model)
 
-    gone: list[Place] = []
-    best: tuple[float, SharingPlan] | None = None
+    @cache
+    def moves(plan: SharingPlan, gone: tuple[Place, ...]) -> float:
+        return in_one_go(plan, gone) if fitted is None else change(fitted(plan))
+
+    def alone(gone: tuple[Place, ...]) -> float:
+        with _skipped(model, gone):
+            return change(model)
+
+    gone: tuple[Place, ...] = ()
+    best: tuple[SharingPlan, tuple[Place, ...]] | None = None
     least = ""
     if unique is not None:
-        while (next_ := missed(tuple(gone))) is not None:
-            gone.append(next_)
+        while (next_ := missed(gone)) is not None:
+            gone = (*gone, next_)
         _refuse_fewer_than_stay(stacks, gone, unique)
     while True:
         try:
@@ -105,16 +117,17 @@ def automatic(
         else:
             if unique is not None:
                 return plan
-            moved = moves(plan)
-            if best is not None and moved >= best[0]:
-                return best[1]
-            best = moved, plan
-        if (next_ := missed(tuple(gone))) is None:
+            if best is not None and moves(*best) <= moves(plan, gone):
+                break
+            best = plan, gone
+        if (next_ := missed(gone)) is None:
             break
-        gone.append(next_)
+        gone = (*gone, next_)
+        if best is not None and alone(gone) > HOPELESS * in_one_go(*best):
+            break
     if best is None:
         raise PlanError(f"budget {budget:.1%} is out of reach: {least}.")
-    return best[1]
+    return best[0]
 
 
 def _refuse_fewer_than_stay(stacks: Sequence[Stack], gone: Sequence[Place], unique: int) -> None:
