@@ -128,7 +128,7 @@ def test_plans_are_compared_as_they_will_be_fitted(setting):
         tried.append((change(student), plan))
         return student
 
-    plan = search.automatic(model, stacks, 0.2, lambda: change, lambda: moments, fitted=fitted)
+    plan = search.automatic(model, stacks, 0.3, lambda: change, lambda: moments, fitted=fitted)
     assert [len(one.stacks[0].drop) for _, one in tried] == list(range(len(tried)))
     assert len(tried) > 1
     assert plan == min(tried, key=lambda one: one[0])[1]

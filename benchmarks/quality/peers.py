@@ -85,6 +85,12 @@ def svd(subject: Subject, budget: float) -> Made:
     return Made(layershare.share(subject.teacher, plan, calibration=Moments(subject.inputs)), plan)
 
 
+def pifa(subject: Subject, budget: float) -> Made:
+    """The same with pivots, so that more ranks fit (PIFA: Zhao et al., 2025, 2501.19090; not its reconstruction)."""
+    plan = densest(subject, budget, partial(ranked, shared=(), pivots=True))
+    return Made(layershare.share(subject.teacher, plan, calibration=Moments(subject.inputs)), plan)
+
+
 def basis_sharing(subject: Subject, budget: float) -> Made:
     """Basis Sharing (Wang et al., 2024, 2410.03765) as its authors configure it: bases of two consecutive layers for
     what reads the hidden states, all else private, one ratio; from 40 % off on, coefficients fitted once more to the
@@ -96,16 +102,22 @@ def basis_sharing(subject: Subject, budget: float) -> Made:
     return Made(student, plan)
 
 
-def ranked(stack: Stack, density: float, shared: Iterable[str]) -> StackPlan:
+def ranked(stack: Stack, density: float, shared: Iterable[str], *, pivots: bool = False) -> StackPlan:
     """Every matrix, or pair of them where ``shared``, at the rank that stores ``density`` of it."""
     groups = []
     for start in range(0, stack.length, 2):
         pair = [p for p in (start, start + 1) if p < stack.length]
         for weight in (w for w in stack.layers[start] if w.factorable):
             for positions in [pair] if weight.name in shared else [[one] for one in pair]:
-                rank = rank_of(weight, len(positions), density)
+                rank = (pivoted_rank if pivots else rank_of)(weight, len(positions), density)
                 groups.append(
-                    Group(positions=tuple(positions), parts=(weight.name,), method="basis", rank=rank)
+                    Group(
+                        positions=tuple(positions),
+                        parts=(weight.name,),
+                        method="basis",
+                        rank=rank,
+                        pivots=pivots,
+                    )
                 )
     return StackPlan(name=stack.name, length=stack.length, groups=tuple(groups))
 
@@ -113,6 +125,14 @@ def ranked(stack: Stack, density: float, shared: Iterable[str]) -> StackPlan:
 def rank_of(weight: Weight, layers: int, density: float) -> int:
     out, into = weight.shape
     return max(1, int(density * weight.size * layers / (into + layers * out)))
+
+
+def pivoted_rank(weight: Weight, layers: int, density: float) -> int:
+    """r with r (in + out - r) + in, the indices of the pivots, nearest below ``density`` of the matrix."""
+    assert layers == 1
+    (out, into), room = weight.shape, density * weight.size
+    fits = [rank for rank in range(1, min(out, into)) if rank * (into + out - rank) + into <= room]
+    return max(fits, default=1)
 
 
 def densest(subject: Subject, budget: float, make: Callable[[Stack, float], StackPlan]) -> SharingPlan:
@@ -215,6 +235,7 @@ SIDES: dict[str, Callable[[Subject, float], Made | None]] = {
     "layer drop": fewer_layers,
     "layer drop, one layer more": more_layers,
     "SVD-LLM (per-layer whitened SVD)": svd,
+    "SVD-LLM, pivoted (PIFA)": pifa,
     "Basis Sharing": basis_sharing,
     "Relaxed Recursive (cycle + SVD LoRA)": tied,
     "PEFT layer_replication + LoRA": replicated,

@@ -1,5 +1,6 @@
-"""FactoredLinear and AtomLinear: the modules that layershare adds to a model."""
+"""FactoredLinear, PivotedLinear and AtomLinear: the modules that layershare adds to a model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from layershare.errors import TieError
 
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 FACTORS = ("base", "up", "down", "diagonal", "atoms", "mix")
+ORDER = "order"
 GATE = "layershare_gate"
 
 
@@ -107,8 +109,12 @@ class FactoredLinear(nn.Linear):
             return False
         return value.is_meta or torch.equal(value, weight)
 
+    def read_by(self, leaf: str, x: Tensor) -> Tensor:
+        """What a factor multiplies when the map gets ``x`` (..., in)."""
+        return F.linear(x, self.down) if leaf == "up" else x
+
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(F.linear(x, self.down), self.up, self.bias)
+        low = F.linear(self.read_by("up", x), self.up, self.bias)
         if self.base is not None:
             low = low + F.linear(x, self.base)
         if self.diagonal is not None:
@@ -132,6 +138,59 @@ class FactoredLinear(nn.Linear):
         return (
             f"{self.in_features}, {self.out_features}, {base}rank={self.rank}, bias={self.bias is not None}"
         )
+
+
+class PivotedLinear(FactoredLinear):
+    """A low-rank map ``up @ [1, down]`` of inputs put in ``order``: as many of them as its rank, the pivots, are taken
+    as they are, which spares rank² numbers of the same product (PIFA: Zhao et al., 2025, 2501.19090).
+
+    Shapes: ``up`` (out, rank), ``down`` (rank, in - rank), ``order`` (in), int32, the pivots first. Otherwise as
+    :class:`FactoredLinear`.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool, transposed: bool = False,
+        device: Any = None, dtype: torch.dtype | None = None, **_: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_features,
+            out_features,
+            rank,
+            base=False,
+            bias=bias,
+            transposed=transposed,
+            device=device,
+            dtype=dtype,
+        )
+        self.down = nn.Parameter(torch.empty(rank, in_features - rank, device=device, dtype=dtype))
+        self.register_buffer(ORDER, torch.arange(in_features, device=device, dtype=torch.int32))
+
+    def rows(self) -> Tensor:
+        return unpivoted(self.up, self.down, self.order)
+
+    def read_by(self, leaf: str, x: Tensor) -> Tensor:
+        rest = x.index_select(-1, self.order[self.rank :])
+        return (
+            x.index_select(-1, self.order[: self.rank]) + F.linear(rest, self.down) if leaf == "up" else rest
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pivoted"
+
+
+def orders_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and order of each pivoted map: which inputs are pivots is stored as well."""
+    for name, module in model.named_modules():
+        if isinstance(module, PivotedLinear):
+            yield f"{name}.{ORDER}", module.order
+
+
+def unpivoted(up: Tensor, down: Tensor, order: Tensor) -> Tensor:
+    """The matrix (out, in) of a :class:`PivotedLinear`."""
+    dense = torch.cat([up, up @ down], dim=1)
+    return torch.empty_like(dense).index_copy(1, order.long(), dense)
 
 
 class AtomLinear(FactoredLinear):

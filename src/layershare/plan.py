@@ -65,6 +65,10 @@ class Group(Config):
     atoms: int = Field(0, ge=0)
     """With ``method="atoms"``: how many matrices are stored."""
 
+    pivots: bool = False
+    """With ``method="basis"`` of one position: the factor on the input side holds an identity, which is not stored: the
+    same product in ``rank``² fewer numbers (PIFA: Zhao et al., 2025, 2501.19090)."""
+
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if not self.positions:
@@ -85,6 +89,8 @@ class Group(Config):
             raise ValueError(f"the basis over positions {list(self.positions)} needs a rank of at least 1")
         if (self.method == "atoms") != (self.atoms > 0):
             raise ValueError("method = 'atoms' and atoms = (a number) go together")
+        if self.pivots and (self.method != "basis" or len(self.positions) > 1):
+            raise ValueError("pivots = true is for method = 'basis' with one position")
         if self.method == "atoms" and (self.rank or self.merge != "mean"):
             raise ValueError("method = 'atoms' takes no rank and no merge")
         return self
@@ -285,7 +291,7 @@ def describe(group: Group) -> str:
     merge = f"from {group.source}" if group.merge == "pick" else group.merge
     if group.method == "basis":
         if len(group.positions) == 1:
-            return f"low-rank factors of rank {group.rank}"
+            return f"low-rank factors of rank {group.rank}{', pivoted' * group.pivots}"
         if group.side == "both":
             return f"tied ({merge}), low-rank factors of rank {group.rank}"
         how = ", each in its own metric" if group.fit == "geopair" else ""

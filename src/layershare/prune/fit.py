@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from layershare.errors import ModelError
-from layershare.linear import FACTORS, FactoredLinear
+from layershare.linear import FACTORS, ORDER, FactoredLinear
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import TRAP, mark
 from layershare.sharing.tie import install, layout_of, tie, verify
@@ -251,7 +251,7 @@ def densified(
     state = dict(state)
     for name, module in old.items():
         if not isinstance(new.get_submodule(name), FactoredLinear):
-            for factor in FACTORS:
+            for factor in (*FACTORS, ORDER):
                 state.pop(f"{name}.{factor}", None)
             state[f"{name}.weight"] = module.weight.detach().clone().contiguous()
     return state

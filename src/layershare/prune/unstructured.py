@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from layershare.errors import DataError, ModelError, OptionError, nearest
@@ -149,7 +148,8 @@ def input_squares(
     def watch(name: str, leaf: str) -> Callable[..., Any]:
         def hook(module: Any, args: tuple) -> None:
             x = rows_of(args[0].detach(), mask[0])
-            squares = (F.linear(x, module.down) if leaf == "up" else x).double().square().sum(0)
+            read = module.read_by(leaf, x) if isinstance(module, FactoredLinear) else x
+            squares = read.double().square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 
         return hook

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from layershare.sharing.layout import Job
 from layershare.sharing.lowrank import balanced
 from layershare.sharing.moments import Moments
-from layershare.sharing.solve import solve_one
+from layershare.sharing.solve import pivoted, solve_one
+from layershare.sharing.statistics import Grams
 
 KEPT = 4.0
 """How many times the parameters of the layers are kept in decompositions, at most."""
@@ -46,7 +47,7 @@ class Fitted:
             name: value[:, :rank] if name.endswith(".up") else value[:rank] if name.endswith(".down") else value
             for name, value in full.items()
         }  # fmt: skip
-        return cut | _balanced(cut)
+        return pivoted(job, cut | _balanced(cut), _of(job, original, self.moments.inputs))
 
     @torch.no_grad()
     def energies(self, job: Job) -> Tensor:
@@ -70,7 +71,7 @@ class Fitted:
         group = job.group
         key = (tuple(map(original, job.sources)), group.method, group.side, group.merge, job.source)
         if key not in self._solved:
-            whole = replace(job, group=group.model_copy(update={"rank": self._most(job)}))
+            whole = replace(job, group=group.model_copy(update={"rank": self._most(job), "pivots": False}))
             self._solved[key] = {
                 _relative(name, job): value for name, value in self._solve(whole, original).items()
             }
@@ -84,8 +85,7 @@ class Fitted:
 
     def _solve(self, job: Job, original: Callable[[str], str]) -> dict[str, Tensor]:
         weights = [self._weights[original(name)] for name in job.sources]
-        modules = [original(name).rpartition(".")[0] for name in job.names]
-        seen, steep = ([known[name] for name in modules if name in known] for known in self.moments)
+        seen, steep = (_of(job, original, known) for known in self.moments)
         return solve_one(job, weights, seen, slopes=steep)
 
     def _most(self, job: Job) -> int:
@@ -96,6 +96,12 @@ class Fitted:
         if job.group.method == "basis" and job.group.side == "output":
             return min(out_features, len(job.layers) * in_features)
         return min(out_features, in_features)
+
+
+def _of(job: Job, original: Callable[[str], str], known: Grams) -> list[Tensor]:
+    """The moments of the job's modules."""
+    names = [original(name) for name in job.modules]
+    return [known[name] for name in names if name in known]
 
 
 def _relative(name: str, job: Job) -> str:

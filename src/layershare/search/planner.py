@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from layershare.errors import PlanError
@@ -123,11 +124,13 @@ def _items(stack: Stack, choice: Choice, absent: Sequence[Place]) -> Iterator[It
         # A gated position takes what one other position has: then nothing else is shared.
         grouping = "alone" if choice.gated else choice.groups.get(weight.part, "alone")
         for group in GROUPINGS[grouping](positions):
-            yield Item(stack, weight, group, _group(group, weight, choice.methods.get(weight.part, "input")))
+            method = choice.methods.get(weight.part, "input")
+            yield Item(stack, weight, group, _group(group, weight, method, pivots=not choice.gated))
 
 
-def _group(positions: tuple[int, ...], weight: Weight, method: str) -> Group:
-    how: dict = {"method": "basis", "side": "input"}
+def _group(positions: tuple[int, ...], weight: Weight, method: str, *, pivots: bool) -> Group:
+    """``pivots``: of factors that one position has for itself, and no gated one takes."""
+    how: dict = {"method": "basis", "side": "input", "pivots": pivots}
     if len(positions) > 1:
         how = {"method": "basis", "side": method} if method in ("input", "output") else {"merge": method}
     return Group(positions=positions, parts=(weight.name,), rank=1, **how)
@@ -142,10 +145,8 @@ def _spectrum(item: Item, choice: Choice, fitted: Fitted, fixed: int) -> Spectru
     favour += choice.depth * (2 * middle / last - 1)
     energies: Tensor = fitted.energies(job).clamp_min(0).pow(choice.power) * 2**favour
     energies = energies[: min(weight.shape) - 1]  # factors of full rank are refused
-    one = job.group.model_copy(update={"rank": 1})
-    two = job.group.model_copy(update={"rank": 2})
-    price = Job(job.stack, two, weight, job.layers).stored - Job(job.stack, one, weight, job.layers).stored
-    return Spectrum(energies, price, weight.size * len(item.positions) - fixed)
+    costs = torch.tensor([job.stored_at(rank) - fixed for rank in range(1, len(energies) + 1)])
+    return Spectrum(energies, costs, weight.size * len(item.positions) - fixed)
 
 
 def _final(group: Group, rank: int | None, gated: Sequence[int]) -> Group | None:

@@ -83,14 +83,20 @@ class Job:
 
     @property
     def stored(self) -> int:
-        """Parameters stored for all the layers of the job."""
+        """Numbers stored for all the layers of the job."""
+        return self.stored_at(self.group.rank)
+
+    def stored_at(self, rank: int) -> int:
+        """The same at another rank."""
         if not self.factored:
             return self.weight.size
         if self.group.method == "atoms":
             return self.group.atoms * (self.weight.size + len(self.layers))
         rows, columns = self.weight.shape
         out_features, in_features = (columns, rows) if self.weight.kind == "conv1d" else (rows, columns)
-        up, down = out_features * self.group.rank, self.group.rank * in_features
+        up, down = out_features * rank, rank * in_features
+        if self.group.pivots:  # which inputs are the pivots is stored as well
+            down += in_features - rank * rank
         if self.group.method == "tie":
             diagonal = min(self.weight.shape) if self.group.diagonal else 0
             return self.weight.size + len(self.layers) * (up + down + diagonal)

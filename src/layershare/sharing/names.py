@@ -13,14 +13,18 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
-from layershare.linear import FACTORS
+from layershare.linear import FACTORS, ORDER
 from layershare.sharing.layout import Layout
 
 
 def kept_conversions(conversions: Iterable[Any], layout: Layout) -> list[Any]:
     """Those of transformers' ``conversions`` that leave factors alone, and do not split a map into shared ones."""
     factors = [
-        f"{name}.{leaf}" for job in layout.jobs if job.factored for name in job.modules for leaf in FACTORS
+        f"{name}.{leaf}"
+        for job in layout.jobs
+        if job.factored
+        for name in job.modules
+        for leaf in (*FACTORS, ORDER)
     ]
     shared = [name for job in layout.jobs for name in job.names]
     return [

@@ -19,6 +19,7 @@ from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.allocate import Spectrum, allocate
 from layershare.sharing.convert import can_drop
 from layershare.sharing.gate import add_gate, remove_gate
+from layershare.sharing.layout import Job
 from layershare.sharing.lowrank import root, unwhitened
 from layershare.sharing.make import drop_to, spread
 from layershare.sharing.moments import Moments
@@ -154,19 +155,22 @@ def decompose(
     """Every linear map in the metric of the answer."""
     return {
         Place(stack.name, position): {
-            weight: _piece(model, f"{stack.name}.{position}.{weight.name}", weight, moments)
+            weight: _piece(model, stack, position, weight, moments)
             for weight in layer if weight.factorable
         }
         for stack in stacks for position, layer in enumerate(stack.layers)
     }  # fmt: skip
 
 
-def _piece(model: PreTrainedModel, name: str, weight: Weight, moments: Moments) -> Piece:
+def _piece(model: PreTrainedModel, stack: Stack, position: int, weight: Weight, moments: Moments) -> Piece:
+    job = Job(stack.name, _factors(position, [weight.name], 1), weight, (position,))
+    (name,) = job.names
     found = model.get_parameter(name)
     dense = (found.T if weight.kind == "conv1d" else found).double()
     before, after = (root(kind[name.rpartition(".")[0]]) for kind in moments)
     u, s, vh = torch.linalg.svd(after.T @ dense @ before, full_matrices=False)
-    spectrum = Spectrum(s.square().cpu(), sum(weight.shape), weight.size)
+    costs = torch.tensor([job.stored_at(rank) for rank in range(1, len(s) + 1)])
+    spectrum = Spectrum(s.square().cpu(), costs, weight.size)
     up = unwhitened((u * s).T, after).T
     return Piece(spectrum, up.to(found.dtype), unwhitened(vh, before).to(found.dtype))
 
@@ -219,12 +223,13 @@ def _plan(stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequenc
     for (place, weight), rank in ranks.items():
         if place.stack == stack.name:
             names.setdefault((place.position, rank), []).append(weight.name)
-    groups = tuple(
-        Group(positions=(position,), parts=tuple(parts), method="basis", rank=rank)
-        for (position, rank), parts in sorted(names.items())
-    )
+    groups = tuple(_factors(position, parts, rank) for (position, rank), parts in sorted(names.items()))
     drop = tuple(place.position for place in gone if place.stack == stack.name)
     return StackPlan(name=stack.name, length=stack.length, groups=groups, drop=drop)
+
+
+def _factors(position: int, parts: Sequence[str], rank: int) -> Group:
+    return Group(positions=(position,), parts=tuple(parts), method="basis", rank=rank, pivots=True)
 
 
 def least_missed(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from layershare.linear import ORDER, unpivoted
 from layershare.sharing import lowrank, merge
 from layershare.sharing.embedding import solve_table
 from layershare.sharing.layout import Job, Layout
@@ -61,7 +62,8 @@ def solve_one(
             ups, down = lowrank.geopair(aims, group.rank, seen)
         else:
             ups, down = lowrank.shared_input(aims, group.rank, seen, slopes)
-        return {owners[0]: down} | {f"{m}.up": up for m, up in zip(job.modules, ups, strict=True)}
+        made = {owners[0]: down} | {f"{m}.up": up for m, up in zip(job.modules, ups, strict=True)}
+        return pivoted(job, made, grams)
     if group.method == "basis" and group.side == "output":
         up, downs = lowrank.shared_output(aims, group.rank, seen, slopes)
         return {owners[0]: up} | {f"{m}.down": down for m, down in zip(job.modules, downs, strict=True)}
@@ -82,6 +84,15 @@ def solve_one(
             job, module, aim - merged, seen[i] if seen else None, slopes[i] if slopes else None
         )
     return values
+
+
+def pivoted(job: Job, values: dict[str, Tensor], grams: Sequence[Tensor]) -> dict[str, Tensor]:
+    """``values`` (up and down) as a job with pivots stores them; of any other job as they are."""
+    if not job.group.pivots:
+        return values
+    leaves = [f"{job.modules[0]}.{leaf}" for leaf in ("up", "down", ORDER)]
+    made = lowrank.pivoted(values[leaves[0]], values[leaves[1]], grams[0] if grams else None)
+    return dict(zip(leaves, made, strict=True))
 
 
 def _correction(
@@ -132,6 +143,9 @@ def dense_values(job: Job, values: Mapping[str, Tensor]) -> list[Tensor]:
         up, down, base, diagonal = (get(module, leaf) for leaf in ("up", "down", "base", "diagonal"))
         assert up is not None
         assert down is not None
+        if (order := get(module, ORDER)) is not None:
+            made.append(unpivoted(up, down, order))
+            continue
         dense = up @ down if base is None else base + up @ down
         made.append(dense if diagonal is None else torch.diagonal_scatter(dense, dense.diagonal() + diagonal))
     return rows(job, made)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layershare.errors import ModelError, TieError
-from layershare.linear import GATE, AtomLinear, FactoredLinear
+from layershare.linear import GATE, ORDER, AtomLinear, FactoredLinear, PivotedLinear, orders_of
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import plan_of
 from layershare.sharing.embedding import install_tables, lost_tables, remove_tables, tables_of
@@ -34,7 +34,7 @@ NAMED = 8
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters (numbers) and bytes. ``unique`` counts each Parameter once, ``effective`` once per use.
+    """Numbers and bytes. ``unique`` counts each Parameter once, ``effective`` once per use. Pivots' indices count.
 
     ``layer_*`` counts inside the stacks only. A factored map counts the factors that it stores in both.
     """
@@ -76,6 +76,8 @@ def install(model: nn.Module, layout: Layout) -> None:
                 old, group = model.get_submodule(name), job.group
                 if group.method == "atoms":
                     new: nn.Module = AtomLinear.standing_for(old, group.atoms, base=False)
+                elif group.pivots:
+                    new = PivotedLinear.standing_for(old, group.rank, base=False)
                 else:
                     new = FactoredLinear.standing_for(
                         old, group.rank, base=group.method == "tie", diagonal=group.diagonal
@@ -111,9 +113,9 @@ def tie(model: nn.Module, layout: Layout) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy ``values`` into the parameters of these names."""
+    """Copy ``values`` into the parameters, and orders of inputs, of these names."""
     for name, value in values.items():
-        model.get_parameter(name).copy_(value)
+        (model.get_buffer if name.endswith(f".{ORDER}") else model.get_parameter)(name).copy_(value)
 
 
 @torch.no_grad()
@@ -215,7 +217,7 @@ def count(model: nn.Module, known: Iterable[str] = ()) -> Counts:
         names = tuple(f"{stack.name}." for stack in find_stacks(model, known))
     except ModelError:
         names = ()
-    every = list(model.named_parameters(remove_duplicate=False))
+    every = [*model.named_parameters(remove_duplicate=False), *orders_of(model)]
     inside = [parameter for name, parameter in every if name.startswith(names)] if names else []
     unique = _once(parameter for _, parameter in every)
     return Counts(
@@ -235,7 +237,7 @@ def _recorded(model: nn.Module, layout: Layout) -> Iterator[tuple[str, str]]:
             yield f"{stack}.{owner}", f"{stack}.{member}"
 
 
-def _once(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def _once(parameters: Iterable[Tensor]) -> list[Tensor]:
     return list({id(parameter): parameter for parameter in parameters}.values())
 
 

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from layershare.errors import PlanError, StoreError
+from layershare.linear import orders_of
 from layershare.plan import SharingPlan
 from layershare.sharing.carry import NAME, TRAP, LayershareConfig
 from layershare.sharing.layout import present
@@ -108,7 +109,7 @@ def _refuse_incomplete(model: nn.Module, known: Sequence[str], tables: Sequence[
     stacks = tuple(f"{name}." for name in (*(stack.name for stack in find_stacks(model, known)), *tables))
     missing = [
         name
-        for name, parameter in model.named_parameters()
+        for name, parameter in (*model.named_parameters(), *orders_of(model))
         if name.startswith(stacks) and not getattr(parameter, "_is_hf_initialized", False)
     ]
     if missing:
