@@ -52,7 +52,7 @@ def mixed(model: Any) -> SharingPlan:
         Group(positions=(0, 1), parts=("norm",), merge="pick", source=1),
         Group(positions=(0, 1), parts=("attention",), merge="regmean", rank=2),
         Group(positions=(1, 3), parts=("ffn",), method="basis", rank=3, side="output"),
-        Group(positions=(3,), parts=("attention",), method="basis", rank=2),
+        Group(positions=(3,), parts=("attention",), method="basis", rank=2, pivots=True),
     )
     gates = (Gate(position=1, value=0.5), Gate(position=3, value=0.25))
     stacks = (

@@ -10,6 +10,8 @@ import layershare
 from layershare.errors import PlanError, StoreError
 from layershare.linear import FactoredLinear, PivotedLinear
 from layershare.plan import Group, SharingPlan, StackPlan
+from layershare.prune import PruneConfig, prune
+from layershare.prune.unstructured import input_squares, targets
 from layershare.sharing.lowrank import pivoted, truncate
 from layershare.stacks import find_stacks
 
@@ -135,3 +137,20 @@ def test_transposed_maps_keep_their_orientation():
 def test_only_factors_of_one_position_have_pivots(group):
     with pytest.raises(PlanError, match="pivots = true is for method = 'basis' with one position"):
         SharingPlan.from_dict({"stacks": [{"name": "a", "length": 2, "groups": [{**group, "pivots": True}]}]})
+
+
+def test_weights_are_pruned_by_what_each_factor_multiplies(tiny, batch_for):
+    model, batch = tiny("bert"), batch_for("bert")
+    student = layershare.share(model, plan_for(model))
+    chosen = targets(student, find_stacks(student), ("ffn",))
+    module = student.encoder.layer[0].output.dense
+    seen = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    names = [f"encoder.layer.0.output.dense.{leaf}" for leaf in ("up", "down")]
+    squares = input_squares(student, {name: chosen[name] for name in names}, [batch])
+    order = module.order.long()
+    pivots, rest = seen[0][..., order[:3]], seen[0][..., order[3:]]
+    for name, read in zip(names, (pivots + rest @ module.down.detach().T, rest), strict=True):
+        torch.testing.assert_close(squares[name].float(), read.square().sum((0, 1)), rtol=1e-4, atol=1e-8)
+    pruned = prune(student, PruneConfig(what="weights", amount=0.5, by="wanda"), [batch])
+    layershare.verify(pruned)

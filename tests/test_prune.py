@@ -8,6 +8,7 @@ import transformers
 
 import layershare
 from layershare.errors import DataError, LayershareError, ModelError, OptionError
+from layershare.linear import PivotedLinear
 from layershare.measure.cost import flops
 from layershare.plan import Gate, Group, SharingPlan, StackPlan
 from layershare.prune import PruneConfig, account, matching_loss, prune
@@ -16,6 +17,7 @@ from layershare.prune.folder import prune_folder
 from layershare.prune.importance import block_influence, label_loss, of_inputs, of_positions
 from layershare.prune.structured import cells_of, choose, find_blocks, importance
 from layershare.sharing.gate import add_gate, remove_gate
+from layershare.sharing.pivots import without_pivots
 
 LLAMA = dict(num_attention_heads=4, num_key_value_heads=2)
 INNER = {"bert": 32, "gpt2": 64, "llama": 32, "t5": 32, "vit": 32}
@@ -42,7 +44,13 @@ def plans(model):
         "tied": layershare.make_plan(model, "cycle", unique=2),
         "mixed": SharingPlan(stacks=(one,)),
         "basis-output": layershare.make_plan(model, "basis", budget=0.6),
+        "pivoted": SharingPlan(stacks=(pivoted(stack),)),
     }
+
+
+def pivoted(stack):
+    groups = (Group(positions=(p,), method="basis", rank=4, pivots=True) for p in range(stack.length))
+    return StackPlan(name=stack.name, length=stack.length, groups=tuple(groups))
 
 
 def exact_loss(model, batch):
@@ -153,6 +161,22 @@ def test_ties_hold_before_during_and_after(kind, name, tiny, batch_for, tmp_path
     assert torch.equal(output(reloaded(pruned, tmp_path), batch), output(pruned, batch))
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+def test_pivoted_maps_are_cut_as_plain_ones_and_have_pivots_again(kind, tiny, batch_for, tmp_path):
+    model, batch = tiny(kind), batch_for(kind)
+    student = layershare.share(model, plans(model)["pivoted"])
+    config = PruneConfig(what="neurons", amount=0.5)
+    pruned = prune(student, config)
+    plain = prune(without_pivots(student), config)
+    torch.testing.assert_close(output(pruned, batch), output(plain, batch), rtol=1e-4, atol=1e-6)
+    saved = sum(m.rank**2 - m.in_features for m in pruned.modules() if isinstance(m, PivotedLinear))
+    assert layershare.count(plain).unique - layershare.count(pruned).unique == saved
+    layershare.verify(pruned)
+    assert torch.equal(output(reloaded(pruned, tmp_path), batch), output(pruned, batch))
+    masked = prune(student, PruneConfig(what="neurons", amount=0.5, keep_shape=True))
+    torch.testing.assert_close(output(masked, batch), output(pruned, batch), rtol=1e-4, atol=1e-6)
+
+
 def the_choice(model, what, batch) -> Choice:
     stacks = layershare.find_stacks(model)
     return choose(model, PruneConfig(what=what, amount=0.5), stacks, [batch], label_loss)[0]
@@ -252,7 +276,7 @@ def test_positions_are_dropped(by, kind, tiny, batch_for, tmp_path):
     assert torch.equal(output(reloaded(pruned, tmp_path), batch), output(pruned, batch))
 
 
-@pytest.mark.parametrize("name", ["tied", "mixed", "basis-output"])
+@pytest.mark.parametrize("name", ["tied", "mixed", "basis-output", "pivoted"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_positions_of_a_shared_model_are_dropped(kind, name, tiny, batch_for, tmp_path):
     model, batch = tiny(kind), batch_for(kind)

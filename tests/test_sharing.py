@@ -11,7 +11,7 @@ import layershare
 from laws import PRESETS, SHARED, answer, gates_only, loss, mixed, output, plan_for, same
 from layershare import count, find_stacks, make_plan, plan_of, predict, retie, share, unshare, verify
 from layershare.errors import DataError, PlanError, TieError
-from layershare.linear import FactoredLinear
+from layershare.linear import FactoredLinear, orders_of
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.layout import resolve
 from layershare.sharing.statistics import collect
@@ -66,8 +66,9 @@ def test_counts_are_as_predicted(tiny, batch_for, kind, name):
     assert after.unique - after.layer_unique == before.unique - before.layer_unique
     assert after.bytes_unique == 4 * after.unique
     assert after.layer_unique < before.layer_unique
-    assert after.unique == sum(p.numel() for p in student.parameters())
-    assert after.effective == sum(p.numel() for p in student.parameters()) + sum(
+    pivots = sum(order.numel() for _, order in orders_of(student))
+    assert after.unique == sum(p.numel() for p in student.parameters()) + pivots
+    assert after.effective == after.unique + sum(
         student.get_parameter(name).numel() for _, *rest in layout_of(student, plan).ties for name in rest
     ) + (before.effective - before.unique)
 

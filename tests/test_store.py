@@ -16,7 +16,7 @@ import layershare
 from laws import loss, mixed, output, plan_for, same
 from layershare import make_plan, plan_of, share, verify
 from layershare.errors import PlanError, StoreError
-from layershare.linear import GATE
+from layershare.linear import GATE, orders_of
 
 AUTO = {
     "bert": "AutoModel",
@@ -82,7 +82,7 @@ def test_shards(tiny, batch_for, tmp_path, kind, name):
     assert same(again, student)
     verify(again)
     stored = [name for shard in shards for name in load_file(shard)]
-    assert len(stored) == len(set(stored)) == len(list(student.parameters()))
+    assert len(stored) == len(set(stored)) == len([*student.parameters(), *orders_of(student)])
 
 
 def test_heads_and_bases(tiny, batch_for, tmp_path):

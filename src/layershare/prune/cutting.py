@@ -14,6 +14,7 @@ from layershare.linear import AtomLinear, FactoredLinear, kind_of
 from layershare.prune import fit
 from layershare.prune.blocks import Block, Inputs
 from layershare.sharing.carry import plan_of
+from layershare.sharing.pivots import with_pivots, without_pivots
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def cut(model: PreTrainedModel, choice: Choice) -> PreTrainedModel:
 
     Raises ModelError if the architecture cannot express it, PlanError if a low-rank correction would no longer fit.
     """
+    plan = plan_of(model)
+    model = without_pivots(model)  # which inputs are pivots may not outlive the cut
     blocks = [block for cell, _ in choice.cells for block in cell]
     gone = choice.blocks
     config, tables = config_for(model, blocks, {name: len(units) for name, units in gone.items()})
@@ -140,13 +143,14 @@ def cut(model: PreTrainedModel, choice: Choice) -> PreTrainedModel:
             made[id(value)] = tensor if id(value) in cuts else tensor.clone()
         state[name] = made[id(value)]
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return fit.rebuild(model, config, state, plan_of(model), dict(model.named_buffers()), frozen)
+    new = fit.rebuild(model, config, state, plan_of(model), dict(model.named_buffers()), frozen)
+    return new if plan is None or plan == plan_of(model) else with_pivots(new, plan)
 
 
 @torch.no_grad()
 def zero(model: PreTrainedModel, choice: Choice) -> PreTrainedModel:
     """A copy of ``model`` in which nothing reads the units of ``choice``: the same function as :func:`cut`."""
-    new = copy.deepcopy(model)
+    new = copy.deepcopy(without_pivots(model))
     for cell, gone in choice.cells:
         for block in cell:
             module = new.get_submodule(block.out)
