@@ -111,6 +111,8 @@ WRONG = [
     (f"finetune other-labels {ON_DATA}", "--new-head"),
     (f"evaluate model other-labels {ON_DATA}".replace("-o out", ""), "label"),
     (f"compress other-labels {ON_DATA}", "label"),
+    ("share model --plan plan.toml --budget 0.2 -o out", "--budget 0.2 and a plan file"),
+    ("share model --plan plan.toml --merge last -o out", "--merge last and a plan file"),
     # settings out of range or misspelt
     (f"distill model --teacher model {ON_DATA} --set temperature=0", "temperature"),
     (f"distill model --teacher model {ON_DATA} --set temperature=-1", "temperature"),

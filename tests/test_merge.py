@@ -77,6 +77,10 @@ def test_regmean_is_the_mean_when_all_see_the_same(weights):
     torch.testing.assert_close(merge.regmean(weights, [gram] * 3), merge.mean(weights))
 
 
+def test_regmean_of_what_sees_nothing_at_all_is_the_mean(weights):
+    torch.testing.assert_close(merge.regmean(weights, [torch.zeros(4, 4)] * 3), merge.mean(weights))
+
+
 def test_regmean_without_activations_in_a_direction_falls_back_to_the_mean(weights):
     gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0]))
     merged = merge.regmean(weights, [gram, 2 * gram, 3 * gram])

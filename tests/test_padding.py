@@ -1,10 +1,12 @@
 """What is measured on a padded batch is what is measured on its rows alone: of sounds, whose frames are not their
 samples, and of targets, which end where no attention mask says it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     HubertConfig,
     HubertForCTC,
@@ -17,7 +19,7 @@ from transformers import (
 from transformers import WhisperForConditionalGeneration as Whisper
 
 from layershare.prune.importance import matching_loss, of_inputs, of_positions
-from layershare.sharing.padding import frames_of, padding_of
+from layershare.sharing.padding import frames_of, padding_of, told_apart
 from layershare.sharing.pairs import collect_pairs, readers_of_sums
 from layershare.sharing.statistics import collect
 
@@ -166,3 +168,16 @@ def test_a_whisper_looks_where_the_sound_is():
     hook.remove()
     heard = seen[0][0, :30]
     torch.testing.assert_close(found, heard.T @ heard / 30, rtol=1e-4, atol=1e-5)
+
+
+def test_the_padding_of_a_source_is_not_taken_for_that_of_a_target_of_its_shape():
+    source, target = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[5, 6, -100], [7, 8, 9]])
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 0, 0]]), "attention_mask": source, "labels": target}
+    apart = told_apart(batch)
+    assert apart["input_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    mask = padding_of(model, apart)
+    assert torch.equal(mask((2, 3)), target != -100)
+    assert torch.equal(mask((2, 4))[:, :3], source.bool())
+    assert told_apart(batch | {"labels": target[:, :2]})["input_ids"].shape == (2, 3)

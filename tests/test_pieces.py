@@ -74,3 +74,11 @@ def test_texts_that_would_give_few_answers_are_not_run(tiny, monkeypatch):
     with torch.no_grad():
         p, q = (one(**whole).logits.softmax(-1)[::2, ::2] for one in (model, other))
     assert found == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+
+
+def test_an_embedding_in_bfloat16_has_not_moved_from_itself(tiny, batch_for):
+    model = tiny("bert").to(torch.bfloat16)
+    batch = batch_for("bert")
+    batch |= {"attention_mask": torch.ones_like(batch["input_ids"])}
+    change = answers.output_change(get_task("sentence-embedding"), model, [batch])
+    assert abs(change(model)) < 1e-6

@@ -88,6 +88,14 @@ def test_a_pivoted_model_computes_what_the_plain_one_does_and_comes_back_from_di
     assert not any(isinstance(m, FactoredLinear) for m in dense.modules())
 
 
+def test_bytes_are_predicted_where_indices_are_longer_than_numbers(tiny):
+    model = tiny("bert").to(torch.bfloat16)
+    student = layershare.share(model, plan := plan_for(model))
+    saved = layershare.count(model).bytes_unique - layershare.count(student).bytes_unique
+    cost = layershare.predict(find_stacks(model), plan)
+    assert cost.layer_bytes_before - cost.layer_bytes == saved
+
+
 def test_a_checkpoint_without_the_order_of_inputs_is_refused(tiny, tmp_path):
     model = tiny("bert")
     layershare.share(model, plan_for(model)).save_pretrained(tmp_path)

@@ -9,10 +9,18 @@ import torch
 
 import layershare
 from layershare.compress import compress
-from layershare.errors import DependencyError, LayershareError, OptionError, StoreError
+from layershare.errors import (
+    DependencyError,
+    LayershareError,
+    ModelError,
+    OptionError,
+    PlanError,
+    StoreError,
+)
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.search.beginning import Beginning, entry
 from layershare.search.bench import Bench
+from layershare.search.budget import for_layers, most_for_layers
 from layershare.search.fitting import Fitted
 from layershare.search.folder import search
 from layershare.search.planner import plan_of_choice, space_of
@@ -190,6 +198,35 @@ def test_a_budget_in_bytes_may_cut_the_table(bench):
     assert layershare.count(made.share(plan)).bytes_unique <= 0.8 * whole
 
 
+def test_bytes_that_leave_layers_only_with_a_narrow_table_are_no_mistake(tiny):
+    model = tiny("bert", vocab_size=2000)
+    whole = layershare.count(model)
+    rest = whole.bytes_unique - 4 * whole.layer_unique
+    with pytest.raises(PlanError, match="what is not layers"):
+        for_layers(model, rest - 4)
+    assert 0.9 < most_for_layers(model, rest - 4) <= 1
+    with pytest.raises(PlanError, match="what is not layers"):
+        most_for_layers(model, 100)
+
+
+def test_a_plan_that_the_model_cannot_take_is_one_trial_less_and_no_end(
+    done, bert_folder, few, tmp_path, monkeypatch
+):
+    measured = Bench.__call__
+
+    def call(self, plan):
+        if plan.stacks[0].drop:
+            raise ModelError("it cannot be shortened.")
+        return measured(self, plan)
+
+    monkeypatch.setattr(Bench, "__call__", call)
+    found = search(
+        bert_folder, tmp_path / "out", budget=BUDGET, data=[few], trials=10, progress=lambda _: None
+    )
+    assert "it cannot be shortened." in [one["says"] for one in found.trials]
+    assert any(one["change"] is not None for one in found.trials)
+
+
 def test_a_model_shared_already_is_refused(bench):
     made = bench()
     made.model = layershare.share(made.model, layershare.make_plan(made.model, "all"))
@@ -208,6 +245,7 @@ def test_a_model_shared_already_is_refused(bench):
         (dict(trials=0), "trials = 0"),
         (dict(task="poetry"), "no task 'poetry'"),
         (dict(data=["nowhere.csv"]), "nowhere.csv"),
+        (dict(columns={"text": "none"}), "none"),
         (dict(storage="nonsense"), "cannot be opened"),
         (dict(storage="mongodb://me:secret@host/x"), "me:[*]+@host"),
     ],
@@ -220,11 +258,15 @@ def test_what_is_wrong_is_said_and_nothing_is_written(bert_folder, few, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_left_alone(done, bert_folder, few, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(done, bert_folder, few, pairs_file, tmp_path):
     out, _ = done
     settings = dict(data=[few], progress=lambda _: None)
     with pytest.raises(StoreError, match="another budget"):
         search(bert_folder, out, budget=0.6, **settings)
+    head, *rows = pairs_file.read_text().splitlines(keepends=True)
+    (tmp_path / "others.csv").write_text("".join([head, *rows[30:50]]))
+    with pytest.raises(StoreError, match="another validation"):
+        search(bert_folder, out, budget=BUDGET, validation=tmp_path / "others.csv", **settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     with pytest.raises(StoreError, match="not a folder of a search"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layershare import SharingPlan, make_plan, predict, share, verify
-from layershare.errors import OptionError, PlanError
+from layershare.errors import ModelError, OptionError, PlanError
 from layershare.sharing.folder import share_folder
 from layershare.sharing.layout import resolve
 from layershare.sharing.lowrank import effective_rank
@@ -116,6 +116,21 @@ def test_it_has_a_name_where_there_are_activations(
         make_plan(tiny("bert"), preset, budget=0.5)
     with pytest.raises(OptionError, match="--samples 7 needs --calibration"):
         share_folder(bert_folder, tmp_path / "other", preset=preset, budget=0.5, samples=7)
+
+
+def test_auto_takes_the_hidden_states_of_a_model_with_a_head_and_misses_a_head_aloud(
+    tiny, bert_folder, tokenizer, pairs_file, tmp_path
+):
+    import transformers
+
+    transformers.BertForMaskedLM(tiny("bert").config).save_pretrained(tmp_path / "mlm")
+    tokenizer.save_pretrained(tmp_path / "mlm")
+    made = dict(calibration=[pairs_file], preset="auto", budget=0.6, samples=7)
+    student = share_folder(tmp_path / "mlm", tmp_path / "out", task="sentence-embedding", **made)
+    assert type(student) is transformers.BertModel
+    with pytest.raises(ModelError, match="BertModel, which gives no answer of a BertForMaskedLM"):
+        share_folder(bert_folder, tmp_path / "other", task="masked-lm", **made)
+    assert not (tmp_path / "other").exists()
 
 
 def test_moments_say_the_same_as_the_batches(tiny, batch_for):

@@ -134,6 +134,17 @@ def test_plans_are_compared_as_they_will_be_fitted(setting):
     assert plan == min(tried, key=lambda one: one[0])[1]
 
 
+def test_an_answer_that_is_no_number_is_the_farthest(setting):
+    model, batches, _ = setting("bert")
+    stacks = find_stacks(model)
+
+    def change(other):
+        return float("nan") if any(has_gate(layer) for layer in other.encoder.layer) else 1.0
+
+    plan = search.automatic(model, stacks, 0.4, lambda: change, lambda: measure(model, batches))
+    assert plan.stacks[0].drop == ()
+
+
 def test_nothing_is_fitted_where_a_position_is_missed_far_more_than_all_that_is_saved(setting):
     model, batches, _ = setting("bert")
     stacks = find_stacks(model)

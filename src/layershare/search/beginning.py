@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from layershare.errors import LayershareError, ModelError, PlanError
 from layershare.plan import SharingPlan
 from layershare.search.bench import Bench
-from layershare.search.budget import for_layers, table_at, widths
+from layershare.search.budget import for_layers, most_for_layers, table_at, widths
 from layershare.search.planner import plan_of_choice, space_of
 from layershare.search.space import Choice, Space, begin_with
 from layershare.sharing.make import SCHEMES, make_plan
@@ -51,7 +51,7 @@ class Beginning:
         """Positions by what they are missed, the least first (see ``auto``); so many as the budget may ask to drop."""
         if self._order is None:
             layers = sum(stack.length for stack in self.stacks)
-            most = min(int((1 - for_layers(self.bench.model, self.budget)) * layers), MOST_DROPPED)
+            most = min(int((1 - most_for_layers(self.bench.model, self.budget)) * layers), MOST_DROPPED)
             self._order = []
             try:
                 while len(self._order) < most and (place := self._missed(tuple(self._order))) is not None:

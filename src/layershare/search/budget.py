@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from layershare.errors import PlanError
+from layershare.errors import ModelError, PlanError
 from layershare.plan import SharingPlan, Table
 from layershare.sharing.embedding import main_table, tables_of
 from layershare.sharing.price import predict
@@ -22,6 +22,20 @@ def table_at(model: Any, width: float) -> tuple[Table, ...]:
     name = main_table(model)
     columns = tables_of(model, SharingPlan(tables=(Table(name=name, rank=1),)))[0].columns
     return (Table(name=name, rank=max(1, int(width * columns))),)
+
+
+def most_for_layers(model: Any, budget: float) -> float:
+    """As :func:`for_layers`, with the embedding table as narrow as it may become. Raises its PlanError where no width
+    leaves anything."""
+    refused: PlanError | None = None
+    for width in sorted(widths(budget)):
+        try:
+            return for_layers(model, budget, table_at(model, width))
+        except ModelError:  # it has no table that could be factored
+            continue
+        except PlanError as error:
+            refused = refused or error
+    raise refused or PlanError(f"budget {budget} leaves nothing for the layers.")
 
 
 def for_layers(model: Any, budget: float, tables: tuple[Table, ...] = ()) -> float:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from layershare import __version__
-from layershare.errors import DependencyError, OptionError, PlanError, StoreError
+from layershare.errors import DataError, DependencyError, OptionError, PlanError, StoreError
 from layershare.heal.callbacks import tell
 from layershare.measure.brief import brief, result_of
 from layershare.result import Result, write_atomic
 from layershare.search.beginning import Beginning
-from layershare.search.budget import for_layers
+from layershare.search.budget import most_for_layers
 from layershare.search.setting import Setting, task_for
 from layershare.search.within import best_of, name_of, need_optuna, row_of, trials_of
 from layershare.stacks import find_stacks
@@ -65,7 +65,7 @@ def search(
     out, say = Path(out).expanduser(), progress or tell
     folder, outline = local_folder(model), sketch(model)
     find_stacks(outline)
-    for_layers(outline, budget)
+    most_for_layers(outline, budget)
     kind = get_task(task or task_for(outline.config), task_settings, skip_bad=skip_bad)
     load_processor(folder, kind.processor)
     setting = Setting(
@@ -135,7 +135,7 @@ def _our_folder(out: Path, inputs: Mapping[str, Any]) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except (PlanError, StoreError, DependencyError):
+    except (DataError, PlanError, StoreError, DependencyError):
         if new:
             for name in (RECORD, "search.db"):
                 (out / name).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from layershare.errors import DependencyError, PlanError, StoreError
+from layershare.errors import DependencyError, ModelError, PlanError, StoreError
 from layershare.plan import SharingPlan
 from layershare.search.beginning import Beginning, Entry, entry
 from layershare.search.space import Near, Space, Suggest, as_parameters, suggest
@@ -165,7 +165,7 @@ def _run(trials: Trials, one: FrozenTrial, measure: Measure) -> None:
     plan = SharingPlan.from_dict(json.loads(one.user_attrs["plan"]))
     try:
         moved = measure(plan)
-    except PlanError as error:  # it does not fit the model after all
+    except (PlanError, ModelError) as error:  # it does not fit the model after all
         trials.storage.set_trial_user_attr(one._trial_id, "refused", error.message)
         trials.study.tell(one.number, state=TrialState.PRUNED)
     else:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from layershare.sharing.search import SEARCHED, apart
 from layershare.stacks import Stack, find_stacks
 from layershare.store.open import (
     copy_preprocessing,
+    load_answering,
     load_model,
     load_processor,
     local_folder,
@@ -72,10 +74,13 @@ def share_folder(
     if calibration and stream:
         raise OptionError("--stream cannot run the model on a calibration file.", "Leave out one of the two.")
     with new_folder(out) as folder:
-        original = outline(model) if stream else load_model(model)
+        kind = get_task(task) if calibration and task is not None else None
+        if kind is not None and scheme in MEASURED:
+            original = load_answering(model, kind.auto_class)
+        else:
+            original = outline(model) if stream else load_model(model)
         batches, told = None, dict[str, Any]()
-        if calibration and task is not None:
-            kind = get_task(task)
+        if kind is not None:
             how = reading or {"split": (1.0, 0.0, 0.0)}
             found, seed = kind.read(list(calibration), **how), how.get("seed", 0)
             texts = samples or (ALONE if fit == "sequential" else TEXTS)
@@ -85,7 +90,7 @@ def share_folder(
             processor = load_processor(model, kind.processor)
             batches = sample_batches(kind, processor, found, original.config, texts=texts)
         known = None
-        if batches is not None and scheme in MEASURED:
+        if kind is not None and batches is not None and scheme in MEASURED:
             made, known = searched(original, kind, batches, fit, **options)
         else:
             made = plan_for(find_stacks(original), plan, **options)
@@ -93,7 +98,7 @@ def share_folder(
             student = share_stream(original, made, local_folder(model), folder)
         else:
             student = share(original, made, calibration=batches, fit=fit, known=known)
-            if batches is not None:
+            if kind is not None:
                 remember(
                     student,
                     **origin(model, kind, found, seed, split=list(how.get("split", ())), **how_fitted),
@@ -167,8 +172,17 @@ def budget_of(
 def plan_for(
     stacks: Any, plan: str | Path | None = None, *, preset: str = "adjacent", **options: Any
 ) -> SharingPlan:
-    """The plan of a file, or else of a preset. ``options``: see :func:`layershare.make_plan`."""
-    return SharingPlan.load(plan) if plan is not None else make_plan(stacks, preset, **options)
+    """The plan of a file, or else of a preset. ``options``: see :func:`layershare.make_plan`; OptionError for those
+    that are given beside a file."""
+    if plan is None:
+        return make_plan(stacks, preset, **options)
+    defaults = {name: one.default for name, one in signature(make_plan).parameters.items()}
+    if given := [name for name, value in options.items() if value != defaults[name]]:
+        raise OptionError(
+            f"--{given[0]} {options[given[0]]} and a plan file do not go together.",
+            "The file says all: edit it, or leave it out.",
+        )
+    return SharingPlan.load(plan)
 
 
 def from_the_start(

@@ -95,8 +95,8 @@ class Job:
         rows, columns = self.weight.shape
         out_features, in_features = (columns, rows) if self.weight.kind == "conv1d" else (rows, columns)
         up, down = out_features * rank, rank * in_features
-        if self.group.pivots:  # which inputs are the pivots is stored as well
-            down += in_features - rank * rank
+        if self.group.pivots:
+            down += self.indices - rank * rank
         if self.group.method == "tie":
             diagonal = min(self.weight.shape) if self.group.diagonal else 0
             return self.weight.size + len(self.layers) * (up + down + diagonal)
@@ -104,6 +104,11 @@ class Job:
         return sum(
             size * (1 if leaf in self.tied_leaves else times) for leaf, size in (("up", up), ("down", down))
         )
+
+    @property
+    def indices(self) -> int:
+        """How many of the numbers are integers of 32 bits: which inputs are the pivots."""
+        return self.weight.shape[0 if self.weight.kind == "conv1d" else 1] if self.group.pivots else 0
 
 
 @dataclass(frozen=True)

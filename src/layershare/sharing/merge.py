@@ -15,6 +15,9 @@ from torch import Tensor
 BLOCK = 2**15
 
 
+TINY = torch.finfo(torch.float32).tiny
+
+
 def first(weights: Sequence[Tensor]) -> Tensor:
     """The first position's weight (the "Lower"/"Stepwise" choice of Bae et al., 2024, 2410.20672)."""
     return weights[0].clone()
@@ -57,7 +60,8 @@ def regmean(weights: Sequence[Tensor], grams: Sequence[Tensor], ridge: float = 1
     """
     grams = [gram.double() for gram in grams]
     damped = [
-        g + torch.eye(len(g), dtype=g.dtype, device=g.device) * ridge * g.diagonal().mean() for g in grams
+        g + ridge * g.diagonal().mean().clamp_min(TINY) * torch.eye(len(g), dtype=g.dtype, device=g.device)
+        for g in grams
     ]
     target = torch.stack([weight.double() @ g for weight, g in zip(weights, damped, strict=True)]).sum(0)
     return torch.linalg.solve(torch.stack(damped).sum(0), target, left=False).to(weights[0].dtype)

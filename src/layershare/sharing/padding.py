@@ -34,6 +34,23 @@ def padding_of(model: nn.Module, batch: Mapping[str, Any]) -> Mask:
     return lambda shape: masks.get(tuple(shape))
 
 
+def told_apart(batch: Mapping[str, Any], pad: int = 0) -> dict[str, Any]:
+    """``batch``, with one more column of padding in its source where source and target are of one shape, so that their
+    paddings are not taken for each other's."""
+    made, labels, known = dict(batch), batch.get("labels"), batch.get("attention_mask")
+    tokens = batch.get("input_ids")
+    if not all(isinstance(one, Tensor) and one.ndim == 2 for one in (labels, known, tokens)):
+        return made
+    assert isinstance(labels, Tensor)
+    assert isinstance(known, Tensor)
+    if labels.shape == known.shape and not torch.equal(labels != IGNORED, known.bool()):
+        made |= {
+            name: torch.nn.functional.pad(made[name], (0, 1), value=value)
+            for name, value in (("input_ids", pad), ("attention_mask", 0))
+        }
+    return made
+
+
 def frames_of(model: nn.Module, mask: Tensor) -> Tensor | None:
     """[B, frames], true where the model hears sound, of a ``mask`` [B, samples]; None for a model whose convolutions do
     not shorten what it is given."""

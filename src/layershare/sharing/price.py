@@ -7,6 +7,9 @@ from layershare.plan import SharingPlan
 from layershare.sharing.layout import drop, find, resolve
 from layershare.stacks import Stack
 
+INDEX = 4
+"""Bytes of an index."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -40,6 +43,7 @@ def predict(stacks: Sequence[Stack], plan: SharingPlan) -> Prediction:
         for job in layout.jobs:
             less = job.weight.size * len(job.layers) - job.stored
             saved, saved_bytes = saved + less, saved_bytes + less * job.weight.itemsize
+            saved_bytes -= job.indices * (INDEX - job.weight.itemsize)
         saved -= len(layout.gates)
         saved_bytes -= len(layout.gates) * stack.layers[0][0].itemsize
     return Prediction(effective, effective - saved, before - saved_bytes, before)

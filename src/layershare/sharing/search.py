@@ -5,6 +5,7 @@ rank is worth is read off the answer's slopes, and what a position is worth is m
 answer moves on calibration data.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -81,7 +82,7 @@ def automatic(
     ``least_missed`` for who keeps what it found. Raises PlanError if the budget is out of reach, or ``unique`` asks for
     less than has to stay.
     """
-    change = judged()
+    change = finite(judged())
     stacks = [stack for stack in stacks if not stack.tied]
     missed = missed or (lambda gone: least_missed(model, stacks, gone, change, unique or 1))
     moments = measured()
@@ -129,6 +130,11 @@ def automatic(
     if best is None:
         raise PlanError(f"budget {budget:.1%} is out of reach: {least}.")
     return best[0]
+
+
+def finite(change: Change) -> Change:
+    """An answer that is no number is as far away as can be."""
+    return lambda model: moved if math.isfinite(moved := change(model)) else math.inf
 
 
 def _refuse_fewer_than_stay(stacks: Sequence[Stack], gone: Sequence[Place], unique: int) -> None:

@@ -68,7 +68,8 @@ def aim_of(
             1e-6 * gram.diagonal().mean() * eye
         )  # what is left of single precision after the difference
         gram, shift = gram - torch.outer(mean, mean) + rounding, shift - torch.outer(lift, mean)
-    away = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * eye, shift, left=False)
+    least = torch.finfo(torch.float32).tiny  # where nothing is ever seen
+    away = torch.linalg.solve(gram + ridge * gram.diagonal().mean().clamp_min(least) * eye, shift, left=False)
     return Aim((dense + step * away).to(weight.dtype), gram, mean, output)
 
 

@@ -41,6 +41,21 @@ def auto_class_of(config: PretrainedConfig, names: str) -> Any:
     )
 
 
+def load_answering(model: str | Path, auto_class: str) -> PreTrainedModel:
+    """Like :func:`load_model`, so that it gives the answer that a task needs, whose class this is: as it was saved, or
+    without its head where hidden states are the answer. Raises ModelError where it lacks the head."""
+    found = load_model(model)
+    fit = auto_class_of(found.config, auto_class)._model_mapping.get(type(found.config), None)
+    if fit is None or isinstance(found, tuple(fit) if isinstance(fit, list | tuple) else fit):
+        return found
+    if auto_class == "AutoModel":
+        return load_model(model, auto_class)
+    raise ModelError(
+        f"{model} is a {type(found).__name__}, which gives no answer of a {fit.__name__}.",
+        "Name the task that it was trained for, or fine-tune it first.",
+    )
+
+
 def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreTrainedModel:
     """Like :func:`load_model`, with a class whose head the checkpoint may lack: it is drawn at random, without a word.
 

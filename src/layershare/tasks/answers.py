@@ -31,6 +31,7 @@ def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Call
         one.eval()
         for i, piece in enumerate(cut):
             answer, logits = _answer(kind.forward(one, piece))
+            answer = answer if logits else answer.float()  # in bfloat16 an answer is not like itself
             if logits:
                 answer = answer.flatten(0, -2)
                 step = steps.setdefault(i, max(1, len(cut) * answer.numel() // KEPT))

@@ -4,6 +4,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError
+from layershare.sharing.padding import told_apart
 from layershare.tasks.encoding import batches, usable_length
 from layershare.tasks.task import Data, Task
 
@@ -48,7 +49,10 @@ def sample_batches(
     else:
         rows = encode_inputs(task, tokenizer, some, LENGTH, config)
     rows = rows.select(_drawn(len(rows), texts))
-    return [batch for _, batch in batches(tokenizer, rows, size, task.collate, task.counts)]
+    made = [batch for _, batch in batches(tokenizer, rows, size, task.collate, task.counts)]
+    if not getattr(config, "is_encoder_decoder", False):
+        return made
+    return [told_apart(batch, getattr(tokenizer, "pad_token_id", None) or 0) for batch in made]
 
 
 def _drawn(of: int, wanted: int) -> list[int]:
