@@ -30,7 +30,7 @@ from layershare.store.open import (
 )
 from layershare.tasks import TASKS, Data, Task, get_task
 from layershare.tasks.encoding import lengths, usable_length
-from layershare.train import TrainConfig, train
+from layershare.train import TrainConfig, in_plain_factors, train
 
 HEADS: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -145,13 +145,13 @@ def finetune(
             before = brief("before", net, judge(net, judged))
         best = Best(judge, metric, kind.higher_is_better, config.judge_every, config.patience)
         collator = Collator(tokenizer, collate=kind.varied or kind.collate)
-        with timed("train", seconds):
+        with timed("train", seconds), in_plain_factors(net):
             history = train(
                 net, rows, collator, _loss(kind, config), config, folder,
                 resume=resume, quiet=quiet, callbacks=[best], lengths=lengths(kind.counts(rows), rows),
             )  # fmt: skip
-        net.cpu()
-        best.restore(net)
+            net.cpu()
+            best.restore(net)
         with timed("judge after", seconds):
             metrics = judge(net, judged)
         net.save_pretrained(folder)

@@ -27,7 +27,9 @@ from layershare.config import Config
 from layershare.errors import OptionError, TrainingError
 from layershare.heal.callbacks import Ema, Guard, Progress, Terms, kept
 from layershare.heal.checkpoints import digest, digest_rows, resume_point
-from layershare.prune.masks import held
+from layershare.prune.masks import held, masks_of
+from layershare.sharing.carry import plan_of
+from layershare.sharing.pivots import expand, has_pivots, with_pivots
 
 ComputeLoss = Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
 """(model, collated batch) -> the weighted terms of the loss by name, scalars. Their sum is minimised."""
@@ -177,6 +179,25 @@ def train(
     for average in ema:
         average.copy_to(model)
     return [_entry(log) for log in trainer.state.log_history if "loss" in log]
+
+
+@contextmanager
+def in_plain_factors(model: Any) -> Iterator[None]:
+    """Within it pivoted maps are plain factors, in place, and afterwards have their pivots again.
+
+    An optimizer moves all entries alike. Beside an identity they are of no common size, and some multiply the largest
+    inputs: Gemma lost by the steps that heal plain factors (docs/log.md). Not for a model with pruned weights, whose
+    zeros are those of the factors as they are.
+    """
+    plan = plan_of(model)
+    if plan is None or not has_pivots(model) or masks_of(model):
+        yield
+        return
+    orders = expand(model)
+    try:
+        yield
+    finally:
+        with_pivots(model, plan, orders)
 
 
 def length_grouped_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[int]:

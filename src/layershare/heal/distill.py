@@ -27,7 +27,7 @@ from layershare.heal.trained import only_trained
 from layershare.tasks import Data, Task
 from layershare.tasks.encoding import lengths
 from layershare.tasks.task import Outputs, label_loss
-from layershare.train import length_grouped_order, train
+from layershare.train import in_plain_factors, length_grouped_order, train
 
 __all__ = [
     "DistillConfig",
@@ -114,6 +114,7 @@ def distill(
         del places[len(layers[0]) - 1]  # its relations are compared
     made_of = {"teacher": model_hash(teacher)}
     with (
+        in_plain_factors(student),
         only_trained(student, config),
         projections(student, teacher, pairs, config.seed) as maps,
         capture(attention_maps(student, last)) as relations,

@@ -20,7 +20,7 @@ from layershare.sharing import make_plan, plan_of, share
 from layershare.store.open import new_folder
 from layershare.tasks.corpus import read_corpus
 from layershare.tasks.language import Guessing, Objective, Words, draws, guess_loss, judge, words_of
-from layershare.train import train
+from layershare.train import in_plain_factors, train
 
 WORK = "work"
 
@@ -95,7 +95,7 @@ def pretrain(
         with timed("judge before", seconds):
             before = brief("before", net, judge(net, judged, objective, words, guessing))
         say(f"held-out perplexity before: {before.metrics['perplexity']:.1f}")
-        with timed("train", seconds):
+        with timed("train", seconds), in_plain_factors(net):
             history = train(
                 net, blocks, _Collator(objective, words, guessing, config.seed), _loss(objective, config),
                 config, folder, resume=resume, quiet=quiet,

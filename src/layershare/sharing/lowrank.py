@@ -256,24 +256,37 @@ def balanced(up: Tensor, down: Tensor) -> Factors:
     return up * ratio, down / ratio
 
 
-def pivoted(up: Tensor, down: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def pivoted(
+    up: Tensor, down: Tensor, gram: Tensor | None = None, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same product as ``up'`` (out, rank), ``down'`` (rank, in - rank) and ``order`` (in), int32, so that it is
     up' [1, down'] with its columns in ``order`` (PIFA: Zhao et al., 2025, 2501.19090, there of rows).
 
     The pivots are those of an LU factorisation with partial pivoting, of inputs by their size in ``gram`` (in, in):
-    then what is rare is expressed by what is large, and no coefficient is large beside what it multiplies.
+    then what is rare is expressed by what is large, and no coefficient is large beside what it multiplies. ``order``:
+    the one to take instead.
     """
     up_, down_ = up.double(), down.double()
-    size = torch.ones_like(down_[0]) if gram is None else gram.diagonal().double().clamp_min(1e-12).sqrt()
-    packed, swaps = torch.linalg.lu_factor((down_ * size).T)
-    order = torch.lu_unpack(packed, swaps, unpack_data=False)[0].argmax(0)
-    rank = len(down_)
+    if order is None:
+        size = torch.ones_like(down_[0]) if gram is None else gram.diagonal().double().clamp_min(1e-12).sqrt()
+        packed, swaps = torch.linalg.lu_factor((down_ * size).T)
+        order = torch.lu_unpack(packed, swaps, unpack_data=False)[0].argmax(0)
+    order, rank = order.long(), len(down_)
     pivots, rest = down_[:, order[:rank]], down_[:, order[rank:]]
     return (
         (up_ @ pivots).to(up.dtype),
         torch.linalg.solve(pivots, rest).to(down.dtype),
         order.to(torch.int32),
     )
+
+
+def rebalanced(up: Tensor, down: Tensor) -> Factors:
+    """The same product from its singular values, which the factors share evenly, as :func:`truncate` leaves them."""
+    (left, one), (right, other) = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
+    u, s, vh = torch.linalg.svd(one @ other.T, full_matrices=False)
+    scale = _halves(s)
+    made = balanced(left @ u * (s / scale), scale[:, None] * vh @ right.T)
+    return made[0].to(up.dtype), made[1].to(down.dtype)
 
 
 def unwhitened(factor: Tensor, half: Tensor | None) -> Tensor:
