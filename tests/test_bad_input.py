@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from conftest import KINDS, WORDS, build
@@ -74,6 +74,15 @@ def home(tmp_path_factory, tokenizer, bert_folder):
     (home / "empty.csv").write_text("")
     (home / "text.txt").write_text("\n\n".join(" ".join(draw.sample(WORDS.split(), 12)) for _ in range(80)))
     make_plan(find_stacks(build("bert", num_hidden_layers=6)), "adjacent", unique=2).save(home / "plan.toml")
+    (home / "mine.part").mkdir()
+    (home / "mine.part" / "thesis.txt").write_text("mine")
+    (home / "cut.part" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    (home / "cut.part" / ".layershare").touch()
+    classifier(home / "holes", tokenizer, kind="DistilBert")
+    weights = load_file(home / "holes" / "model.safetensors")
+    weights = {name: value for name, value in weights.items() if ".layer.2." not in name}
+    save_file(weights, home / "holes" / "model.safetensors", metadata={"format": "pt"})
+    build("bert").save_pretrained(home / "wordless")
     run = ["adapt", "model", "--task", "text-classification", "--data", "data.csv", "-o", "adapter", *SMALL]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -113,6 +122,20 @@ WRONG = [
     (f"compress other-labels {ON_DATA}", "label"),
     ("share model --plan plan.toml --budget 0.2 -o out", "--budget 0.2 and a plan file"),
     ("share model --plan plan.toml --merge last -o out", "--merge last and a plan file"),
+    # what would be lost
+    ("plan model --unique 2 -o model/config.json", "model/config.json is a file of the model"),
+    ("encode word --model model -o model/model.safetensors", "model.safetensors is a file of the model"),
+    ("share model --unique 2 -o mine", "mine.part exists and was not made by layershare"),
+    (
+        f"compress model --budget 0.5 {ON_DATA}".replace("-o out", "-o mine"),
+        "mine.part exists and is not of a run",
+    ),
+    ("share model --unique 2 -o cut", "cut.part holds an interrupted run"),
+    # models without something
+    ("share holes --unique 2 -o out", r"holes lacks distilbert.transformer.layer.2.* and \d+ more weights"),
+    (f"distill model --teacher holes {ON_DATA}", "holes lacks"),
+    ("encode word --model wordless", "wordless has no tokenizer"),
+    (f"finetune wordless {ON_DATA}", "wordless has no tokenizer"),
     # settings out of range or misspelt
     (f"distill model --teacher model {ON_DATA} --set temperature=0", "temperature"),
     (f"distill model --teacher model {ON_DATA} --set temperature=-1", "temperature"),

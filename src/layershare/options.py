@@ -5,14 +5,33 @@ from typing import Annotated, Literal
 
 import typer
 
+
+def _no_models_file(out: Path | None) -> Path | None:
+    """Refuse to write over a file of a model, as its weights or config, instead of beside it."""
+    if (
+        out is not None
+        and out.is_file()
+        and (out.parent / "config.json").is_file()
+        and out.name != "plan.toml"
+    ):
+        raise typer.BadParameter(f"{out} is a file of the model in {out.parent}. Choose another name.")
+    return out
+
+
 Model = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
 Models = Annotated[list[str], typer.Argument(help="Model folders or hub names; the first is the measure.")]
 OneText = Annotated[str, typer.Argument(help="A text.")]
 OneModel = Annotated[str, typer.Option("--model", help="A model folder or a hub name.")]
 TensorsOut = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Also write everything here, as .safetensors.")
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Also write everything here, as .safetensors.", callback=_no_models_file
+    ),
 ]
-Plot = Annotated[Path | None, typer.Option(help="Draw the attention of every layer and head here, as .svg.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw the attention of every layer and head here, as .svg.", callback=_no_models_file),
+]
 Folder = Annotated[Path, typer.Argument(help="A model folder.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
 Task = Annotated[
@@ -64,7 +83,10 @@ PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan (.toml or 
 PlanOut = Annotated[
     Path | None,
     typer.Option(
-        "-o", "--out", help="Save the plan here (.toml or .json); with --data: the folder to write."
+        "-o",
+        "--out",
+        help="Save the plan here (.toml or .json); with --data: the folder to write.",
+        callback=_no_models_file,
     ),
 ]
 PlanBudget = Annotated[
@@ -264,7 +286,12 @@ LargeBatch = Annotated[int, typer.Option("--batch", help="The larger batch; 1 le
 Threads = Annotated[int | None, typer.Option(help="Compute threads; default: all cores.", min=1)]
 BenchOut = Annotated[
     Path | None,
-    typer.Option("-o", "--out", help="Also write table and charts here (.html), or figures (.json)."),
+    typer.Option(
+        "-o",
+        "--out",
+        help="Also write table and charts here (.html), or figures (.json).",
+        callback=_no_models_file,
+    ),
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Quantise weights and activations; with --format onnx.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout; everything else goes to stderr.")]

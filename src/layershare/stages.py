@@ -46,8 +46,8 @@ def make(
             )
     part = part_of(out)
     made, begun = part / "made", part / "inputs.json"
-    if part.exists() and not (begun.is_file() and json.loads(begun.read_text()) == wanted):
-        shutil.rmtree(part)  # an unfinished run with other inputs: its checkpoints do not fit
+    if part.exists() and any(part.iterdir()):
+        _clear(part, begun, wanted, replace=replace)
     part.mkdir(parents=True, exist_ok=True)
     write_atomic(begun, json.dumps(wanted))
     if record(made) is None:
@@ -61,6 +61,22 @@ def make(
     made.replace(out)
     shutil.rmtree(part)
     return True
+
+
+def _clear(part: Path, begun: Path, wanted: Mapping[str, Any], *, replace: bool) -> None:
+    """Take an unfinished run with other inputs away: its checkpoints do not fit. Raises StoreError where they would be
+    missed, or something else is there."""
+    if not begun.is_file():
+        raise StoreError(f"{part} exists and is not of a run.", "Move it away, or choose another folder.")
+    if (was := json.loads(begun.read_text())) == wanted:
+        return
+    if not replace and any(part.rglob("checkpoint-*")):
+        changed = next(name for name in wanted if was.get(name, ...) != wanted[name])
+        raise StoreError(
+            f"{part} holds an interrupted run with another {changed}.",
+            "Run its command again to finish it, choose another folder, or --overwrite.",
+        )
+    shutil.rmtree(part)
 
 
 def _filled(fill: Callable[[Path], Mapping[str, Any]], made: Path, part: Path) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
 
+OURS = ".layershare"
+"""A file in a folder that is being filled: what is there is ours to take away."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,7 +31,10 @@ def load_model(model: str | Path, auto_class: str | None = None) -> PreTrainedMo
     """
     config = _config(model)
     cls = auto_class_of(config, auto_class or _class_name(config))
-    return _open(model, lambda source: cls.from_pretrained(source, use_safetensors=True)).eval()
+    settings = {"use_safetensors": True, "output_loading_info": True}
+    loaded, info = _open(model, lambda source: cls.from_pretrained(source, **settings))
+    _refuse_holes(model, loaded, info)
+    return loaded.eval()
 
 
 def auto_class_of(config: PretrainedConfig, names: str) -> Any:
@@ -70,6 +75,12 @@ def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreT
         loaded, info = _open(model, lambda source: cls.from_pretrained(source, **settings))
     finally:
         logger.setLevel(before)
+    _refuse_holes(model, loaded, info)
+    return loaded.eval()
+
+
+def _refuse_holes(model: str | Path, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise ModelError where layers have weights that the checkpoint lacks: transformers draws them at random."""
     layers = tuple(
         f"{name}." for name, module in loaded.named_modules() if isinstance(module, torch.nn.ModuleList)
     )
@@ -78,7 +89,6 @@ def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreT
             f"{model} lacks {missing[0]} and {len(missing) - 1} more weights of the layers.",
             "It is not a checkpoint of this kind of model.",
         )
-    return loaded.eval()
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -98,7 +108,7 @@ def load_processor(model: str | Path, auto_class: str) -> Any:
         return Processors(*(load_processor(model, name) for name in auto_class.split("+")))
     options = {"backend": "pil"} if auto_class == "AutoImageProcessor" else {}
     try:
-        return _open(
+        found = _open(
             model, lambda source: getattr(transformers, auto_class).from_pretrained(source, **options)
         )
     except ImportError as error:
@@ -107,6 +117,14 @@ def load_processor(model: str | Path, auto_class: str) -> Any:
             f"What goes before {model} needs a library that is not installed ({needs}).",
             "pip install 'layershare[vision,speech]'",
         ) from None
+    words = found if auto_class == "AutoTokenizer" else None
+    if words is not None and set(words.get_vocab()) <= set(words.all_special_tokens):
+        # transformers makes one of special tokens alone where there are no files
+        raise ModelError(
+            f"{model} has no tokenizer.",
+            "Save the one that it was trained with there: save_pretrained(FOLDER).",
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -197,7 +215,8 @@ def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
 
     When it does not, the part goes away; with ``resume`` it stays, and the next call finds what is in it, unless
     something given was wrong before there was any checkpoint.
-    Raises StoreError, before the block runs, if there is something in ``out``, and when the disk is full.
+    Raises StoreError, before the block runs, if there is something in ``out``, if the part holds an interrupted run
+    that would be lost, or files of somebody else, and when the disk is full.
     """
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -205,11 +224,18 @@ def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
             f"{out} exists and is not an empty folder.", "Choose another folder, or empty it first."
         )
     part = out.with_name(f"{out.name}.part")
+    if part.exists():
+        _refuse_lost(part, resume=resume)
     if not resume:
         shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True, exist_ok=True)
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        (part / OURS).touch()
+    except OSError as error:
+        raise StoreError(f"{out}: cannot be made ({error.strerror}).", "Choose another folder.") from error
     try:
         yield part
+        (part / OURS).unlink(missing_ok=True)
         part.replace(out)
     except BaseException as error:
         if not resume or (isinstance(error, LayershareError) and not any(part.rglob("checkpoint-*"))):
@@ -220,6 +246,18 @@ def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
                 f"{where}: cannot be written ({error.strerror}).", "Choose another disk."
             ) from error
         raise
+
+
+def _refuse_lost(part: Path, *, resume: bool) -> None:
+    if any(part.iterdir()) and not (part / OURS).exists():
+        raise StoreError(
+            f"{part} exists and was not made by layershare.", "Move it away, or choose another folder."
+        )
+    if not resume and any(part.rglob("checkpoint-*")):
+        raise StoreError(
+            f"{part} holds an interrupted run.",
+            "Run its command again to finish it, delete it, or choose another folder.",
+        )
 
 
 def _config(model: str | Path) -> PretrainedConfig:
