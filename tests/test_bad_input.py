@@ -148,6 +148,8 @@ WRONG = [
     (f"distill model --teacher model {ON_DATA} --set temperature", "KEY=VALUE"),
     (f"distill model --teacher model {ON_DATA} --set layer_map=[[0,9]]", "layer map.*9"),
     (f"distill model --teacher model {ON_DATA} --steps 0", "steps"),
+    (f"finetune model {ON_DATA} --steps 0", "steps"),
+    ("pretrain model --data text.txt -o out --steps 0", "steps"),
     (
         f"distill model --teacher model {ON_DATA} --set weights.hidden=0 --set weights.logits=0",
         "No loss is left",

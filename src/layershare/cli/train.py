@@ -16,7 +16,7 @@ def pretrain(
     from layershare.sharing.folder import from_the_start
 
     own = {"objective": objective, "block_size": block_size, "seed": seed} | (
-        {"steps": steps} if steps else {}
+        {} if steps is None else {"steps": steps}
     )
     result = pretrain(
         model, data, out, validation=validation, tokenizer=tokenizer, columns=columns(column), resume=not anew,
@@ -35,7 +35,7 @@ def finetune(
     """Train a model on labelled data, stop early, keep the best. Run again, it goes on where it stopped."""
     from layershare.finetune import FinetuneConfig, finetune
 
-    own = {"seed": seed} | ({"steps": steps} if steps else {})
+    own = {"seed": seed} | ({} if steps is None else {"steps": steps})
     result = finetune(
         model, data, out, task=task_of(task, task_set, skip_bad), validation=validation, test=test,
         columns=columns(column), new_head=new_head, size=values(size, "--size"),
