@@ -267,7 +267,7 @@ NewHead = Annotated[
 ]
 Anew = Annotated[bool, typer.Option("--anew", help="Forget an interrupted run instead of going on with it.")]
 TrainSteps = Annotated[
-    int | None, typer.Option("--steps", help="Optimizer steps; default: the verb's own number.")
+    int | None, typer.Option("--steps", min=1, help="Optimizer steps; default: the verb's own number.")
 ]
 MaxLoss = Annotated[
     float, typer.Option(help="The most of the metric to lose on the validation texts, as a fraction.")
