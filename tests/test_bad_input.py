@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from conftest import KINDS, WORDS, build
-from layershare import cli, find_stacks, make_plan
+from layershare import cli, find_stacks, make_plan, share
 
 LABELS = ("blue", "red")
 SMALL = ["--steps", "4", "--set", "batch_size=4", "--set", "max_length=16"]
@@ -83,6 +83,9 @@ def home(tmp_path_factory, tokenizer, bert_folder):
     weights = {name: value for name, value in weights.items() if ".layer.2." not in name}
     save_file(weights, home / "holes" / "model.safetensors", metadata={"format": "pt"})
     build("bert").save_pretrained(home / "wordless")
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(home / "model")
+    share(whole, make_plan(whole, "all")).save_pretrained(home / "shared")
+    tokenizer.save_pretrained(home / "shared")
     run = ["adapt", "model", "--task", "text-classification", "--data", "data.csv", "-o", "adapter", *SMALL]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -131,7 +134,15 @@ WRONG = [
         "mine.part exists and is not of a run",
     ),
     ("share model --unique 2 -o cut", "cut.part holds an interrupted run"),
+    (
+        f"compress model --budget 0.5 --overwrite {ON_DATA}".replace("-o out", "-o mine"),
+        "mine.part exists and is not of a run",
+    ),
+    # models that have been here before
+    (f"compress shared --budget 0.5 {ON_DATA}", "shared is shared already. Give the original"),
+    (f"plan shared --budget 0.5 {ON_DATA}", "shared is shared already. Give the original"),
     # models without something
+    (f"compress encoder --budget 0.5 {ON_DATA}", "BertModel, which gives no answer of a BertForSequence"),
     ("share holes --unique 2 -o out", r"holes lacks distilbert.transformer.layer.2.* and \d+ more weights"),
     (f"distill model --teacher holes {ON_DATA}", "holes lacks"),
     ("encode word --model wordless", "wordless has no tokenizer"),

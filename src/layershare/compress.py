@@ -28,7 +28,7 @@ from layershare.result import Result, write_atomic
 from layershare.search.bench import bench_of
 from layershare.search.within import need_optuna, search_within
 from layershare.sharing import make_plan, predict, share
-from layershare.sharing.carry import remember
+from layershare.sharing.carry import refuse_shared, remember
 from layershare.sharing.folder import budget_of
 from layershare.sharing.moments import Moments, measure
 from layershare.sharing.search import SEARCHED
@@ -36,7 +36,7 @@ from layershare.sharing.statistics import texts_in
 from layershare.stacks import find_stacks
 from layershare.store.open import (
     copy_preprocessing,
-    load_model,
+    load_answering,
     load_processor,
     local_folder,
     new_folder,
@@ -102,8 +102,7 @@ def compress(
     wanted = {"scheme": scheme, "budget": budget} | more if plan is None else SharingPlan.load(plan).to_dict()
     job.check(wanted)
     if overwrite:
-        for old in (out, stages.part_of(out)):
-            shutil.rmtree(old, ignore_errors=True)
+        stages.discard(out)
     made = {"shared": job.make(wanted, out)}
     if baseline is not None:
         made["layer drop"] = job.make({"scheme": baseline, "budget": budget}, out / f"baseline-{baseline}")
@@ -118,7 +117,9 @@ class _Job:
     ) -> None:
         self.model, self.kind, self.data, self.say, self.seed = model, kind, data, say, seed
         self.folder = local_folder(model)
-        self.stacks = find_stacks(sketch(self.folder))
+        outline = sketch(self.folder)
+        refuse_shared(outline, model)
+        self.stacks = find_stacks(outline)
         chosen = {"seed": seed} | ({} if steps is None else {"steps": steps})
         self.config = DistillConfig.parse(chosen)
         self._teacher: Any = None
@@ -127,7 +128,7 @@ class _Job:
     @property
     def teacher(self) -> Any:
         if self._teacher is None:
-            self._teacher = load_model(self.folder, self.kind.auto_class)
+            self._teacher = load_answering(self.folder, self.kind.auto_class)
             self.kind.check(self.data, self._teacher.config)
         return self._teacher
 

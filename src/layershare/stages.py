@@ -63,6 +63,17 @@ def make(
     return True
 
 
+def discard(out: Path) -> None:
+    """Take ``out`` away, a folder of a run, and what there is of an unfinished one. Raises StoreError where that is
+    somebody else's."""
+    refuse_foreign(out)
+    part = part_of(out)
+    if part.exists() and any(part.iterdir()) and not (part / "inputs.json").is_file():
+        raise StoreError(f"{part} exists and is not of a run.", "Move it away, or choose another folder.")
+    for old in (out, part):
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _clear(part: Path, begun: Path, wanted: Mapping[str, Any], *, replace: bool) -> None:
     """Take an unfinished run with other inputs away: its checkpoints do not fit. Raises StoreError where they would be
     missed, or something else is there."""

@@ -19,6 +19,7 @@ from layershare.search.beginning import Beginning
 from layershare.search.budget import most_for_layers
 from layershare.search.setting import Setting, task_for
 from layershare.search.within import best_of, name_of, need_optuna, row_of, trials_of
+from layershare.sharing.carry import refuse_shared
 from layershare.stacks import find_stacks
 from layershare.store.open import load_processor, local_folder, sketch
 from layershare.tasks import get_task
@@ -64,6 +65,7 @@ def search(
     _check(budget, trials=trials, jobs=jobs)
     out, say = Path(out).expanduser(), progress or tell
     folder, outline = local_folder(model), sketch(model)
+    refuse_shared(outline, model)
     find_stacks(outline)
     most_for_layers(outline, budget)
     kind = get_task(task or task_for(outline.config), task_settings, skip_bad=skip_bad)

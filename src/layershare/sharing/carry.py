@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from layershare.errors import PlanError
 from layershare.plan import SharingPlan
 
 NAME = "layershare"
@@ -45,6 +46,12 @@ def plan_of(model: nn.Module) -> SharingPlan | None:
     """The plan that a shared model carries in its config, or None."""
     plan = _plan(getattr(model, "config", None))
     return None if plan is None else SharingPlan.from_dict(plan)
+
+
+def refuse_shared(model: nn.Module, name: object) -> None:
+    """Raise PlanError where the model, which the user calls ``name``, carries a plan."""
+    if plan_of(model) is not None:
+        raise PlanError(f"{name} is shared already.", "Give the original.")
 
 
 def _plan(config: Any) -> dict | None:
