@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layershare.errors import DependencyError, LayershareError, ModelError, StoreError
+from layershare.sharing.carry import plan_of
 
 OURS = ".layershare"
 """A file in a folder that is being filled: what is there is ours to take away."""
@@ -80,7 +81,10 @@ def load_under_head(model: str | Path, auto_class: str, **settings: Any) -> PreT
 
 
 def _refuse_holes(model: str | Path, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raise ModelError where layers have weights that the checkpoint lacks: transformers draws them at random."""
+    """Raise ModelError where layers have weights that the checkpoint lacks: transformers draws them at random. What a
+    shared model lacks is refused as it is loaded, and some members of ties count as lacking."""
+    if plan_of(loaded) is not None:
+        return
     layers = tuple(
         f"{name}." for name, module in loaded.named_modules() if isinstance(module, torch.nn.ModuleList)
     )
@@ -235,8 +239,8 @@ def new_folder(out: str | Path, *, resume: bool = False) -> Iterator[Path]:
         raise StoreError(f"{out}: cannot be made ({error.strerror}).", "Choose another folder.") from error
     try:
         yield part
-        (part / OURS).unlink(missing_ok=True)
         part.replace(out)
+        (out / OURS).unlink(missing_ok=True)
     except BaseException as error:
         if not resume or (isinstance(error, LayershareError) and not any(part.rglob("checkpoint-*"))):
             shutil.rmtree(part, ignore_errors=True)

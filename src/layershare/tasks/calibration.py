@@ -4,7 +4,6 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from layershare.errors import DataError
-from layershare.sharing.padding import told_apart
 from layershare.tasks.encoding import batches, usable_length
 from layershare.tasks.task import Data, Task
 
@@ -49,6 +48,8 @@ def sample_batches(
     else:
         rows = encode_inputs(task, tokenizer, some, LENGTH, config)
     rows = rows.select(_drawn(len(rows), texts))
+    from layershare.sharing.padding import told_apart  # torch is not needed to read results
+
     made = [batch for _, batch in batches(tokenizer, rows, size, task.collate, task.counts)]
     if not getattr(config, "is_encoder_decoder", False):
         return made
