@@ -54,6 +54,15 @@ def test_it_fits_the_budget_and_moves_less_than_even_ranks(setting, kind, budget
     assert change(student) < change(layershare.share(model, even, calibration=batches))
 
 
+@pytest.mark.parametrize("pivots", [True, False])
+def test_it_takes_pivots_unless_told_not_to(setting, pivots):
+    model, batches, change = setting("bert")
+    stacks, moments = find_stacks(model), measure(model, batches)
+    plan = search.automatic(model, stacks, 0.6, lambda: change, lambda: moments, pivots=pivots)
+    assert {group.pivots for group in plan.stacks[0].groups} == {pivots}
+    assert 0.5 < layershare.predict(stacks, plan).ratio <= 0.6
+
+
 def evenly(stack, budget):
     """Every matrix at the same density, the highest that fits."""
     for per_cent in range(99, 0, -1):

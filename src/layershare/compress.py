@@ -162,8 +162,10 @@ class _Job:
             return make_plan(self.stacks, scheme, budget=budget)
         change = partial(output_change, self.kind, self.teacher, calibration)
         measured = partial(self.moments, calibration)
+        # Healed, factors without pivots are as good, and faster (docs/log.md).
+        more = {"pivots": False} if scheme == "auto" else {}
         return SEARCHED[scheme](
-            self.teacher, self.stacks, budget, change, measured, unique=wanted.get("unique")
+            self.teacher, self.stacks, budget, change, measured, unique=wanted.get("unique"), **more
         )
 
     def moments(self, calibration: list[dict[str, Any]]) -> Moments:

@@ -71,6 +71,7 @@ def automatic(
     *,
     unique: int | None = None,
     fitted: Fitted | None = None,
+    pivots: bool = True,
 ) -> SharingPlan:
     """``auto``: low-rank factors fitted to the answer, their ranks spent where they save most of its change.
 
@@ -79,14 +80,15 @@ def automatic(
     compared as they would compute, not healed: as ``fitted`` makes them, by default all maps in one go; where the next
     position is missed too much by itself (``HOPELESS``), nothing is fitted to find that out. ``unique``: drop until so
     many positions of each stack are left, whatever it does to the answer; not with ``missed``, which is
-    ``least_missed`` for who keeps what it found. Raises PlanError if the budget is out of reach, or ``unique`` asks for
+    ``least_missed`` for who keeps what it found. ``pivots``: the factors have some, for higher ranks at the same size,
+    in more time. Raises PlanError if the budget is out of reach, or ``unique`` asks for
     less than has to stay.
     """
     change = finite(judged())
     stacks = [stack for stack in stacks if not stack.tied]
     missed = missed or (lambda gone: least_missed(model, stacks, gone, change, unique or 1))
     moments = measured()
-    pieces = decompose(model, stacks, moments)
+    pieces = decompose(model, stacks, moments, pivots=pivots)
     worth = {
         place: {weight: piece.spectrum for weight, piece in some.items()} for place, some in pieces.items()
     }
@@ -113,7 +115,7 @@ def automatic(
         _refuse_fewer_than_stay(stacks, gone, unique)
     while True:
         try:
-            plan = spend(stacks, worth, budget, gone)
+            plan = spend(stacks, worth, budget, gone, pivots=pivots)
         except ValueError as error:  # even the smallest ranks are too many for these positions
             least = str(error)
         else:
@@ -156,20 +158,22 @@ def apart(batches: list[Any]) -> tuple[list[Any], list[Any]]:
 
 @torch.no_grad()
 def decompose(
-    model: PreTrainedModel, stacks: Sequence[Stack], moments: Moments
+    model: PreTrainedModel, stacks: Sequence[Stack], moments: Moments, *, pivots: bool = True
 ) -> dict[Place, dict[Weight, Piece]]:
     """Every linear map in the metric of the answer."""
     return {
         Place(stack.name, position): {
-            weight: _piece(model, stack, position, weight, moments)
+            weight: _piece(model, stack, position, weight, moments, pivots=pivots)
             for weight in layer if weight.factorable
         }
         for stack in stacks for position, layer in enumerate(stack.layers)
     }  # fmt: skip
 
 
-def _piece(model: PreTrainedModel, stack: Stack, position: int, weight: Weight, moments: Moments) -> Piece:
-    job = Job(stack.name, _factors(position, [weight.name], 1), weight, (position,))
+def _piece(
+    model: PreTrainedModel, stack: Stack, position: int, weight: Weight, moments: Moments, *, pivots: bool
+) -> Piece:  # fmt: skip
+    job = Job(stack.name, _factors(position, [weight.name], 1, pivots=pivots), weight, (position,))
     (name,) = job.names
     found = model.get_parameter(name)
     dense = (found.T if weight.kind == "conv1d" else found).double()
@@ -206,7 +210,8 @@ def _cut(
 
 
 def spend(
-    stacks: Sequence[Stack], worth: Mapping[Place, Mapping[Weight, Spectrum]], budget: float, gone: Sequence[Place] = ()
+    stacks: Sequence[Stack], worth: Mapping[Place, Mapping[Weight, Spectrum]], budget: float,
+    gone: Sequence[Place] = (), *, pivots: bool = True,
 ) -> SharingPlan:  # fmt: skip
     """The plan that drops ``gone`` and gives the other positions the ranks worth most within ``budget``, a fraction of
     the layer parameters of all ``stacks``. Raises ValueError if the smallest ranks cost more."""
@@ -217,25 +222,29 @@ def spend(
         [worth[place][weight] for place, weight in kept], int(budget * cost.layer_effective) - rest
     )
     chosen = {key: rank for key, rank in zip(kept, ranks, strict=True) if rank is not None}
-    return SharingPlan(stacks=tuple(_plan(stack, chosen, gone) for stack in stacks))
+    return SharingPlan(stacks=tuple(_plan(stack, chosen, gone, pivots=pivots) for stack in stacks))
 
 
 def _without(stacks: Sequence[Stack], gone: Sequence[Place]) -> SharingPlan:
     return SharingPlan(stacks=tuple(_plan(stack, {}, gone) for stack in stacks))
 
 
-def _plan(stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequence[Place]) -> StackPlan:
+def _plan(
+    stack: Stack, ranks: Mapping[tuple[Place, Weight], int], gone: Sequence[Place], *, pivots: bool = True
+) -> StackPlan:  # fmt: skip
     names: dict[tuple[int, int], list[str]] = {}
     for (place, weight), rank in ranks.items():
         if place.stack == stack.name:
             names.setdefault((place.position, rank), []).append(weight.name)
-    groups = tuple(_factors(position, parts, rank) for (position, rank), parts in sorted(names.items()))
+    groups = tuple(
+        _factors(position, parts, rank, pivots=pivots) for (position, rank), parts in sorted(names.items())
+    )
     drop = tuple(place.position for place in gone if place.stack == stack.name)
     return StackPlan(name=stack.name, length=stack.length, groups=groups, drop=drop)
 
 
-def _factors(position: int, parts: Sequence[str], rank: int) -> Group:
-    return Group(positions=(position,), parts=tuple(parts), method="basis", rank=rank, pivots=True)
+def _factors(position: int, parts: Sequence[str], rank: int, *, pivots: bool) -> Group:
+    return Group(positions=(position,), parts=tuple(parts), method="basis", rank=rank, pivots=pivots)
 
 
 def least_missed(
