@@ -68,8 +68,8 @@ def discard(out: Path) -> None:
     somebody else's."""
     refuse_foreign(out)
     part = part_of(out)
-    if part.exists() and any(part.iterdir()) and not (part / "inputs.json").is_file():
-        raise StoreError(f"{part} exists and is not of a run.", "Move it away, or choose another folder.")
+    if part.exists() and any(part.iterdir()):
+        _refuse_foreign_part(part)
     for old in (out, part):
         shutil.rmtree(old, ignore_errors=True)
 
@@ -77,8 +77,7 @@ def discard(out: Path) -> None:
 def _clear(part: Path, begun: Path, wanted: Mapping[str, Any], *, replace: bool) -> None:
     """Take an unfinished run with other inputs away: its checkpoints do not fit. Raises StoreError where they would be
     missed, or something else is there."""
-    if not begun.is_file():
-        raise StoreError(f"{part} exists and is not of a run.", "Move it away, or choose another folder.")
+    _refuse_foreign_part(part)
     if (was := json.loads(begun.read_text())) == wanted:
         return
     if not replace and any(part.rglob("checkpoint-*")):
@@ -88,6 +87,11 @@ def _clear(part: Path, begun: Path, wanted: Mapping[str, Any], *, replace: bool)
             "Run its command again to finish it, choose another folder, or --overwrite.",
         )
     shutil.rmtree(part)
+
+
+def _refuse_foreign_part(part: Path) -> None:
+    if not (part / "inputs.json").is_file():
+        raise StoreError(f"{part} exists and is not of a run.", "Move it away, or choose another folder.")
 
 
 def _filled(fill: Callable[[Path], Mapping[str, Any]], made: Path, part: Path) -> Mapping[str, Any]:

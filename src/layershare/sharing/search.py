@@ -81,8 +81,7 @@ def automatic(
     position is missed too much by itself (``HOPELESS``), nothing is fitted to find that out. ``unique``: drop until so
     many positions of each stack are left, whatever it does to the answer; not with ``missed``, which is
     ``least_missed`` for who keeps what it found. ``pivots``: the factors have some, for higher ranks at the same size,
-    in more time. Raises PlanError if the budget is out of reach, or ``unique`` asks for
-    less than has to stay.
+    in more time. Raises PlanError if the budget is out of reach, or ``unique`` asks for less than has to stay.
     """
     change = finite(judged())
     stacks = [stack for stack in stacks if not stack.tied]

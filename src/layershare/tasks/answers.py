@@ -31,11 +31,12 @@ def output_change(kind: Task, model: Any, batches: list[dict[str, Any]]) -> Call
         one.eval()
         for i, piece in enumerate(cut):
             answer, logits = _answer(kind.forward(one, piece))
-            answer = answer if logits else answer.float()  # in bfloat16 an answer is not like itself
             if logits:
                 answer = answer.flatten(0, -2)
                 step = steps.setdefault(i, max(1, len(cut) * answer.numel() // KEPT))
                 answer = answer[::step].float().log_softmax(-1)
+            else:
+                answer = answer.float()  # in bfloat16 an answer is not like itself
             yield answer, logits
 
     before = list(answers(model))

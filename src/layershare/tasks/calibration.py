@@ -40,6 +40,8 @@ def sample_batches(
     The texts are drawn at random, always the same: files are often sorted, and their first rows are of one kind.
     labels: also those of the data, where it has any. Raises DataError where there is no text.
     """
+    from layershare.sharing.padding import told_apart  # torch is not needed to read results
+
     if data.train is None:
         raise DataError("There is no text to measure on.", "Give a file with some.")
     some = data.train.select(_drawn(len(data.train), texts))
@@ -48,8 +50,6 @@ def sample_batches(
     else:
         rows = encode_inputs(task, tokenizer, some, LENGTH, config)
     rows = rows.select(_drawn(len(rows), texts))
-    from layershare.sharing.padding import told_apart  # torch is not needed to read results
-
     made = [batch for _, batch in batches(tokenizer, rows, size, task.collate, task.counts)]
     if not getattr(config, "is_encoder_decoder", False):
         return made
