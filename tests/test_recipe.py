@@ -10,7 +10,7 @@ import yaml
 
 from conftest import WORDS
 from layershare import stages
-from layershare.errors import OptionError, StoreError, TrainingError
+from layershare.errors import LayershareError, OptionError, StoreError, TrainingError
 from layershare.recipe import graph, load, plan, run, verbs
 
 ROOT = Path(__file__).parent.parent
@@ -184,6 +184,26 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(few, tmp_path, monkeypatc
 def test_what_is_wrong_is_told_before_anything_runs(few, changed, said):
     with pytest.raises(OptionError, match=said):
         load(few(**changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"shared": {"unique": 9}}, "stage shared: .*unique"),
+        ({"pruned": {"by": "taylor", "data": {"files": ["gone.csv"]}}}, "stage pruned: gone.csv"),
+        (
+            {"distilled": {"data": {"files": ["data.csv"], "columns": {"text": "words"}}}},
+            "stage distilled: .*'words'",
+        ),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_told_before_the_first_is_made(
+    few, tmp_path, monkeypatch, changed, said
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LayershareError, match=said):
+        run(load(few(**changed)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

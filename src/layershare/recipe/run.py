@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from layershare import __version__, demo, stages
 from layershare.errors import LayershareError, OptionError
 from layershare.recipe.graph import PACKAGE, Recipe
 from layershare.recipe.sizes import Size, of_folder, of_stage, steps_of
-from layershare.recipe.verbs import Source, Stage, may_make, needs_data
+from layershare.recipe.verbs import PretrainStage, Source, Stage, may_make, needs_data
 from layershare.result import Result
 from layershare.store.open import local_folder
 
@@ -64,26 +65,36 @@ class Report:
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> Report:
-    """What :func:`run` would do, with predicted parameters, bytes and steps. Writes nothing, reads no weights."""
+    """What :func:`run` would do, with predicted parameters, bytes and steps. Writes nothing, reads no weights.
+
+    Raises what a stage that is to be made would raise for its plan or its data, with the stage named.
+    """
     home = _home(recipe, out)
     planned: list[Planned] = []
     sizes: dict[str, Size | None] = {}
     fresh: set[str] = set()  # stages that are to be made, so that their hashes are not known
+    read: list[Source] = []
     with tempfile.TemporaryDirectory() as scratch:  # for the data of a package
         for name, stage in recipe.stages.items():
             uses = recipe.uses(name)
             models = _models(recipe, uses, home, download=False)
             source = _here(recipe.source(name), Path(scratch), recipe.seed)
             known = not fresh & set(uses.values())
-            done = known and stages.matches(home / name, _inputs(recipe, stage, models, source))
-            if not done:
-                fresh.add(name)
-            if not may_make(stage):  # which may begin with a model type
-                for wanted, where in zip(uses.values(), models.values(), strict=True):
-                    if wanted not in sizes:
-                        sizes[wanted] = of_folder(where)
-            taken = {field: size for field, wanted in uses.items() if (size := sizes.get(wanted)) is not None}
-            size = sizes[name] = of_stage(stage, taken, source) if stage.MAKES != "report" else None
+            with _naming(name):
+                done = known and stages.matches(home / name, _inputs(recipe, stage, models, source))
+                if not done:
+                    fresh.add(name)
+                    if source is not None and source not in read and needs_data(stage):
+                        _try_reading(stage, source)
+                        read.append(source)
+                if not may_make(stage):  # which may begin with a model type
+                    for wanted, where in zip(uses.values(), models.values(), strict=True):
+                        if wanted not in sizes:
+                            sizes[wanted] = of_folder(where)
+                taken = {
+                    field: size for field, wanted in uses.items() if (size := sizes.get(wanted)) is not None
+                }
+                size = sizes[name] = of_stage(stage, taken, source) if stage.MAKES != "report" else None
             planned.append(
                 Planned(
                     name, stage.verb, tuple(dict.fromkeys(uses.values())), "done" if done else "to do",
@@ -104,10 +115,10 @@ def run(
     One whose inputs changed is made anew and takes the place of the old one when it is whole. What was interrupted is
     gone on with; Ctrl-C and errors lose nothing that is finished.
 
-    Raises what the verbs raise, with the stage named.
+    Raises what the verbs raise, with the stage named; what :func:`plan` finds wrong, before the first stage is made.
     """
     home = _home(recipe, out)
-    planned, tables = [], []
+    planned, tables, foreseen = [], [], False
     for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
         uses, folder = recipe.uses(name), home / name
         models = _models(recipe, uses, home, download=True)
@@ -115,6 +126,8 @@ def run(
         started = time.monotonic()
         inputs = _inputs(recipe, stage, models, source)
         title = f"[{number}/{len(recipe.stages)}] {name}: {stage.verb}"
+        if not foreseen and not stages.matches(folder, inputs):
+            foreseen = bool(plan(recipe, out))
 
         def fill(
             part: Path, stage: Stage = stage, models: Mapping[str, str] = models, source: Source | None = source,
@@ -126,10 +139,8 @@ def run(
             data = None if source is None else source.model_dump(mode="json")
             return {"stage": again | {"data": data}, "seconds": round(time.monotonic() - started, 1)}
 
-        try:
+        with _naming(name):
             made = stages.make(folder, inputs, fill, replace=True)
-        except LayershareError as error:
-            raise type(error)(f"stage {name}: {error.message}", error.hint) from error
         if not made:
             progress(f"{title}: already made, reused")
         one = Planned(
@@ -143,6 +154,24 @@ def run(
             one = replace(one, parameters=size.parameters, bytes=size.bytes)
         planned.append(one)
     return Report(recipe.name, str(home), tuple(planned), tuple(tables))
+
+
+@contextmanager
+def _naming(stage: str) -> Iterator[None]:
+    """What is raised names the stage."""
+    try:
+        yield
+    except LayershareError as error:
+        raise type(error)(f"stage {stage}: {error.message}", error.hint) from error
+
+
+def _try_reading(stage: Stage, source: Source) -> None:
+    """Files that are not there, or do not have the columns, would cost the stages before."""
+    if isinstance(stage, PretrainStage):  # reads a corpus by itself, and may be first
+        for path in source.paths:
+            _hash(path)
+        return
+    source.kind.read(source.paths, **source.reading())
 
 
 def _inputs(recipe: Recipe, stage: Stage, models: Mapping[str, str], source: Source | None) -> dict[str, Any]:
