@@ -230,6 +230,12 @@ def test_a_model_without_repeated_layers_is_refused(refused, tmp_path):
     assert "already shared" in refused("plan", tmp_path, "--unique", 2)
 
 
+def test_where_nothing_can_be_written_is_one_line(refused, bert_folder, pairs_file):
+    assert str(pairs_file) in refused(
+        "encode", "red", "--model", bert_folder, "-o", pairs_file / "x.safetensors"
+    )
+
+
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(run):
     code, out, err = run("verify", "./nowhere", "--debug")
     assert (code, out) == (2, "")

@@ -10,7 +10,7 @@ from torch import nn
 import layershare
 from laws import PRESETS, SHARED, answer, gates_only, loss, mixed, output, plan_for, same
 from layershare import count, find_stacks, make_plan, plan_of, predict, retie, share, unshare, verify
-from layershare.errors import DataError, PlanError, TieError
+from layershare.errors import DataError, ModelError, PlanError, TieError
 from layershare.linear import FactoredLinear, orders_of
 from layershare.plan import Group, SharingPlan, StackPlan
 from layershare.sharing.layout import resolve
@@ -294,6 +294,17 @@ def test_modules_that_see_nothing_are_named(tiny, batches, words):
     with pytest.raises(DataError, match=words):
         collect(model, ["head"] if batches else ["encoder.layer.0.output.dense"], batches)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"), [("0.attention.self.value", "reads"), ("3.output.dense", "weight")]
+)
+def test_numbers_that_are_not_finite_are_refused(tiny, batch_for, weight, named):
+    model = tiny("bert")
+    with torch.no_grad():
+        model.get_submodule(f"encoder.layer.{weight}").weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=named):
+        collect(model, ["encoder.layer.3.output.dense"], [batch_for("bert")])
 
 
 # --- what does not fit

@@ -70,6 +70,12 @@ def command(function: Callable[..., Shown]) -> Callable[..., None]:
                 traceback.print_exc()
             note(f"layershare: error: {' '.join(str(error).split())}")
             raise typer.Exit(2) from None
+        except OSError as error:  # a full disk, a folder that cannot be written to: the system's own words
+            if debug:
+                traceback.print_exc()
+            where = "" if error.filename is None else f"{error.filename}: "
+            note(f"layershare: error: {where}{error.strerror or ' '.join(str(error).split())}")
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             note("layershare: interrupted. Run the same command again to go on: what is finished is kept.")
             raise typer.Exit(130) from None

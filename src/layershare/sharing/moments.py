@@ -25,13 +25,14 @@ def measure(
 
     ``slopes=False`` leaves those of the answer out, which cost a backward pass. ``answer``, ``seed``: see
     :func:`~layershare.sharing.sensitivity.sensitivities`.
-    Raises DataError if the batches do not use a module.
+    Raises DataError if the batches do not use a module, ModelError if a number is not finite.
     """
     batches = list(batches)
     if modules is None:
         modules = linear_maps(model)
+    inputs = collect(model, modules, batches)  # first: it refuses a model whose numbers are not finite
     steep = sensitivities(model, modules, batches, answer=answer, seed=seed) if slopes else {}
-    return Moments(collect(model, modules, batches), steep)
+    return Moments(inputs, steep)
 
 
 def linear_maps(model: Any) -> list[str]:

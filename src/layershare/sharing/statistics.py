@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layershare.errors import DataError
+from layershare.errors import DataError, ModelError
 from layershare.sharing.padding import Mask, padding_of, rows_of
 
 Grams = dict[str, Tensor]
@@ -25,7 +25,7 @@ def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) 
     """E[x x^T] of the inputs of the named linear ``modules``, each (in, in) in float32, over all unmasked tokens.
 
     ``batches`` are given to the model as ``model(**batch)``; padding is left out, see :mod:`.padding`.
-    Raises DataError if a module sees no token.
+    Raises DataError if a module sees no token, ModelError if what it sees, or its weight, is not finite.
     """
     modules = list(modules)
     sums: Grams = {}
@@ -50,6 +50,7 @@ def collect(model: nn.Module, modules: Iterable[str], batches: Iterable[Batch]) 
 
             end = _run(model, modules, batch, see, end)
     refuse_unseen(modules, seen, runs)
+    refuse_infinite(model, sums)
     return {name: total / seen[name] for name, total in sums.items()}
 
 
@@ -146,4 +147,17 @@ def refuse_unseen(modules: Sequence[str], seen: Mapping[str, int], runs: int) ->
         where = f"never reaches {unseen[0]}" if runs else "has no batch"
         raise DataError(
             f"the calibration data {where}.", "Give batches that use every shared part of the model."
+        )
+
+
+def refuse_infinite(model: nn.Module, grams: Grams) -> None:
+    for name, gram in grams.items():
+        if not bool(gram.isfinite().all()):
+            what = f"what {name} reads"
+        elif not bool(model.get_submodule(name).weight.isfinite().all()):
+            what = f"{name}.weight"
+        else:
+            continue
+        raise ModelError(
+            f"{what} has numbers that are not finite.", "Was the model trained well, is its checkpoint whole?"
         )
