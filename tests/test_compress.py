@@ -174,6 +174,17 @@ def test_it_keeps_as_many_layers_as_it_is_told(call, tmp_path):
     assert 0.3 < result.models[1].layer_parameters_unique / result.models[0].layer_parameters_unique <= 0.4
 
 
+def test_a_baseline_beside_a_plan_file_is_of_its_size(call, bert_folder, tmp_path):
+    stacks = layershare.find_stacks(AutoModel.from_pretrained(bert_folder))
+    plan = layershare.make_plan(stacks, "adjacent", unique=2)
+    plan.save(tmp_path / "plan.toml")
+    result = call(budget=None, plan=tmp_path / "plan.toml", baseline="drop")
+    assert layershare.plan_of(AutoModel.from_pretrained(tmp_path / "out")) == plan
+    assert AutoModel.from_pretrained(tmp_path / "out" / "baseline-drop").config.num_hidden_layers == 2
+    original, shared, dropped = (model.layer_parameters_unique for model in result.models)
+    assert dropped == original / 2 <= shared < 0.6 * original
+
+
 def test_a_result_tells_no_folder_of_the_user(call, tmp_path, pairs_file, monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["/opt/bin/layershare", "compress", f"--data={pairs_file}", "-o", str(tmp_path / "out")]
@@ -189,6 +200,7 @@ def test_a_result_tells_no_folder_of_the_user(call, tmp_path, pairs_file, monkey
     ("changed", "error", "said"),
     [
         ({"budget": 1.5}, OptionError, "1.5"),
+        ({"plan": "plan.toml"}, OptionError, "--budget does not go with --plan"),
         ({"budget": 0.001, "scheme": "adjacent"}, PlanError, "0.1"),
         ({"scheme": "adjacnt"}, LayershareError, "'adjacent'"),
         ({"task": "sentence-embeding"}, OptionError, "'sentence-embedding'"),

@@ -48,6 +48,8 @@ from layershare.tasks.answers import answer_of, output_change
 from layershare.tasks.calibration import sample_batches
 
 BASELINES = ("drop",)
+MOST = 0.999
+"""A baseline drops something, however much a plan file stores."""
 
 
 def compress(
@@ -58,7 +60,7 @@ def compress(
     out: Path,
     test: Path | None = None,
     validation: Path | None = None,
-    budget: float = 0.5,
+    budget: float | None = None,
     plan: Path | None = None,
     scheme: str = "auto",
     unique: int | None = None,
@@ -73,15 +75,18 @@ def compress(
 
     model: folder or hub name. data, test, validation: files, see :mod:`layershare.tasks`; without a test file a part of
     the data is held out, and no text is in two parts. budget: the most layer parameters to store, as a fraction of the
-    original's. plan: a plan file, instead of ``scheme`` (a name that :func:`layershare.make_plan` knows, ``auto``, or
-    ``search``, see :mod:`layershare.search`). unique: how many positions of each stack ``auto`` keeps; default as many
-    as change the answer least before healing.
+    original's; default 0.5. plan: a plan file, instead of a budget and a ``scheme`` (a name that
+    :func:`layershare.make_plan` knows, ``auto``, or ``search``, see :mod:`layershare.search`). unique: how many
+    positions of each stack ``auto`` keeps; default as many as change the answer least before healing.
     baseline: ``drop`` also makes a layer-dropped model, nearest in size and healed alike. steps: of healing, default
     those of :class:`~layershare.heal.config.DistillConfig`.
 
     Raises OptionError, DataError, ModelError, PlanError or StoreError before anything is written, and TrainingError
     when healing cannot go on. Ctrl-C keeps what is done; the same call goes on from there.
     """
+    if plan is not None and budget is not None:
+        raise OptionError("--budget does not go with --plan, which says what is stored.", "Leave out one.")
+    budget = 0.5 if budget is None else budget
     if not 0 < budget < 1:
         raise OptionError(
             f"budget {budget:g} is out of range.", "Give a fraction of the layer parameters, as 0.5."
@@ -99,13 +104,17 @@ def compress(
             "--unique is for --scheme auto.", "A plan file says itself which positions it drops."
         )
     more = {} if unique is None else {"unique": unique}
-    wanted = {"scheme": scheme, "budget": budget} | more if plan is None else SharingPlan.load(plan).to_dict()
+    wanted: dict[str, Any] = {"scheme": scheme, "budget": budget} | more
+    if plan is not None:
+        written = SharingPlan.load(plan)
+        wanted, budget = written.to_dict(), predict(job.stacks, written).ratio
     job.check(wanted)
     if overwrite:
         stages.discard(out)
     made = {"shared": job.make(wanted, out)}
     if baseline is not None:
-        made["layer drop"] = job.make({"scheme": baseline, "budget": budget}, out / f"baseline-{baseline}")
+        smaller = {"scheme": baseline, "budget": min(budget, MOST)}
+        made["layer drop"] = job.make(smaller, out / f"baseline-{baseline}")
     return _measured(job, made, out)
 
 

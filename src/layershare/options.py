@@ -70,6 +70,10 @@ Column = Annotated[
 Budget = Annotated[
     float, typer.Option(help="The most layer parameters to store, as a fraction of the original's.")
 ]
+RunBudget = Annotated[
+    float | None,
+    typer.Option(help="The most layer parameters to store, as a fraction of the original's; default 0.5."),
+]
 MaybeBudget = Annotated[
     float | None, typer.Option(help="As a fraction of the layer parameters, instead of --unique.")
 ]

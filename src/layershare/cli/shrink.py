@@ -18,7 +18,8 @@ def plan(
 ) -> Shown:  # fmt: skip
     """Show what would be shared, and what that stores. With --data: search the plan that changes the answers least."""
     if data:
-        refuse(plan=plan, unique=unique, parts=parts, stack=stack, rank=rank, kv=kv)
+        chosen = {"preset": preset != "adjacent", "merge": merge != "mean"}
+        refuse(plan=plan, unique=unique, parts=parts, stack=stack, rank=rank, kv=kv, **chosen)
         return searched(
             model, out, budget, data, task=task, task_settings=values(task_set, "--task-set"), validation=validation,
             columns=columns(column), skip_bad=skip_bad, seed=seed, trials=trials, jobs=jobs, storage=storage,
@@ -76,7 +77,7 @@ def prune(
 
 def compress(
     model: opt.Model, *, task: opt.Task, data: opt.Data, out: opt.Out, test: opt.Test = None,
-    validation: opt.Validation = None, column: opt.Column = None, budget: opt.Budget = 0.5,
+    validation: opt.Validation = None, column: opt.Column = None, budget: opt.RunBudget = None,
     plan: opt.PlanFile = None, scheme: opt.Scheme = "auto", unique: opt.Kept = None, baseline: opt.Baseline = None,
     steps: opt.Steps = None, seed: opt.Seed = 0, overwrite: opt.Overwrite = False, task_set: opt.TaskSet = None,
     skip_bad: opt.SkipBad = False,

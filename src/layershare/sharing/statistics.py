@@ -152,9 +152,10 @@ def refuse_unseen(modules: Sequence[str], seen: Mapping[str, int], runs: int) ->
 
 def refuse_infinite(model: nn.Module, grams: Grams) -> None:
     for name, gram in grams.items():
+        module: Any = model.get_submodule(name)
         if not bool(gram.isfinite().all()):
             what = f"what {name} reads"
-        elif not bool(model.get_submodule(name).weight.isfinite().all()):
+        elif not bool(module.weight.isfinite().all()):
             what = f"{name}.weight"
         else:
             continue
