@@ -76,6 +76,8 @@ def test_the_verb_prints_json_and_refuses_what_is_no_model(bert_folder, tmp_path
         bench([tmp_path], **FAST)
     with pytest.raises(OptionError, match="twice"):
         bench([bert_folder, bert_folder], **FAST)
+    with pytest.raises(OptionError, match=r"reads at most \d+ tokens, not 9000"):
+        bench([bert_folder], tokens=9000, **FAST)
 
 
 def test_a_wrong_ending_is_refused_before_anything_is_measured(bert_folder, tmp_path, capsys, monkeypatch):

@@ -119,7 +119,8 @@ def bench(
         seconds: cut the runs of one kind short after this long (at least 5 are made).
         clock: seconds; ``time.thread_time`` leaves out waiting for a busy machine, with one thread.
 
-    Raises OptionError if a folder is named twice, ModelError or StoreError for one that cannot be opened.
+    Raises OptionError if a folder is named twice or reads fewer tokens, ModelError or StoreError for one that cannot be
+    opened.
     """
     named = folders if isinstance(folders, Mapping) else {str(folder): folder for folder in folders}
     if len(named) < len(folders):
@@ -129,6 +130,9 @@ def bench(
             raise ModelError(f"{folder} is neither a model folder nor an ONNX export.")
     with fixed_threads(threads) as used:
         subjects = {label: open_subject(folder, used) for label, folder in named.items()}
+        for label, one in subjects.items():
+            if (most := one.positions) is not None and tokens > most:
+                raise OptionError(f"{label} reads at most {most} tokens, not {tokens}.", "Lower tokens.")
         settings: dict[str, Any] = {"runs": runs, "seconds": seconds, "clock": clock}
         progress("time batch 1")
         single = latency(_passes(subjects, 1, tokens), batch=1, tokens=tokens, **settings)

@@ -45,6 +45,13 @@ class Subject:
             made["token_type_ids"] = np.zeros_like(made["input_ids"])
         return {name: array for name, array in made.items() if name in self.known or name != "token_type_ids"}
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens it reads at most; None where its config does not say, or it reads no text."""
+        parts = (self.config, self.config.get("text_config") or {})
+        known = (part.get("max_position_embeddings") for part in parts)
+        return next((one for one in known if one), None) if "input_ids" in self.main else None
+
 
 def is_export(folder: str | Path) -> bool:
     """Whether the folder was written by ``layershare export --format onnx``."""
