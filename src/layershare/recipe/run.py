@@ -127,7 +127,8 @@ def run(
         inputs = _inputs(recipe, stage, models, source)
         title = f"[{number}/{len(recipe.stages)}] {name}: {stage.verb}"
         if not foreseen and not stages.matches(folder, inputs):
-            foreseen = bool(plan(recipe, out))
+            plan(recipe, out)  # refuses now what would cost the training of the stages before
+            foreseen = True
 
         def fill(
             part: Path, stage: Stage = stage, models: Mapping[str, str] = models, source: Source | None = source,
